@@ -1,0 +1,276 @@
+// Attention: against the formula, finite differences, packing, threads, tiers, awkward shapes.
+#include "kernels/cpu/attention.h"
+
+#include <algorithm>
+
+#include "dev/tests/ops.h"
+
+namespace {
+
+struct Shape {
+    int NH, NKV, HS;
+    std::vector<int> lengths;
+};
+
+struct Starts {
+    std::vector<int32_t> at;
+    size_t longest = 0;
+    size_t N() const { return size_t(at.back()); }
+    int documents() const { return int(at.size()) - 1; }
+};
+
+Starts starts_of(const std::vector<int>& lengths) {
+    Starts s;
+    s.at.push_back(0);
+    for (int length : lengths) {
+        s.at.push_back(s.at.back() + length);
+        s.longest = size_t(length) > s.longest ? size_t(length) : s.longest;
+    }
+    return s;
+}
+
+template <class T>
+struct Result {
+    std::vector<T> out, lse, dqkv;
+    double score_term = 0, gradient_term = 0;  // greatest sum of magnitudes behind a score and behind dS K
+};
+
+// The formula, row by row, in T alone.
+template <class T>
+Result<T> plain_attention(const Shape& shape, const std::vector<T>& qkv, const std::vector<T>& dout) {
+    const Starts s = starts_of(shape.lengths);
+    const size_t N = s.N(), HS = size_t(shape.HS), NH = size_t(shape.NH), NKV = size_t(shape.NKV);
+    const size_t wide = NH * HS, QKV = (NH + 2 * NKV) * HS;
+    Result<T> r = {std::vector<T>(N * wide), std::vector<T>(NH * N), std::vector<T>(N * QKV), 0, 0};
+    const T scale = T(1) / std::sqrt(T(HS));
+    for (int d = 0; d < s.documents(); d++) {
+        for (size_t row = size_t(s.at[size_t(d)]); row < size_t(s.at[size_t(d) + 1]); row++) {
+            for (size_t h = 0; h < NH; h++) {
+                const size_t first = size_t(s.at[size_t(d)]), n = row - first + 1, kv = h / (NH / NKV);
+                const T *q = &qkv[row * QKV + h * HS], *dO = &dout[row * wide + h * HS];
+                T *o = &r.out[row * wide + h * HS], *dq = &r.dqkv[row * QKV + h * HS];
+                std::vector<T> p(n), dp(n);
+                T max = -std::numeric_limits<T>::infinity(), sum = 0, D = 0;
+                for (size_t j = 0; j < n; j++) {
+                    const T *k = &qkv[(first + j) * QKV + (NH + kv) * HS], *v = k + NKV * HS;
+                    T score_term = 0, gradient_term = 0, key = 0;
+                    for (size_t c = 0; c < HS; c++) {
+                        p[j] += q[c] * k[c];
+                        dp[j] += dO[c] * v[c];
+                        score_term += std::fabs(q[c] * k[c]) * scale;
+                        gradient_term += std::fabs(dO[c] * v[c]) * scale;
+                        key = std::max(key, std::max(std::fabs(k[c]), std::fabs(q[c])));
+                    }
+                    r.score_term = std::max(r.score_term, double(score_term));
+                    r.gradient_term = std::max(r.gradient_term, double(gradient_term * key));
+                    p[j] *= scale;
+                    max = p[j] > max ? p[j] : max;
+                }
+                for (size_t j = 0; j < n; j++) {
+                    p[j] = std::exp(p[j] - max);
+                    sum += p[j];
+                }
+                r.lse[h * N + row] = max + std::log(sum);
+                for (size_t j = 0; j < n; j++) {
+                    p[j] /= sum;
+                    D += p[j] * dp[j];
+                    for (size_t c = 0; c < HS; c++) {
+                        o[c] += p[j] * qkv[(first + j) * QKV + (NH + NKV + kv) * HS + c];
+                    }
+                }
+                for (size_t j = 0; j < n; j++) {
+                    const T *k = &qkv[(first + j) * QKV + (NH + kv) * HS];
+                    T *dk = &r.dqkv[(first + j) * QKV + (NH + kv) * HS], *dv = dk + NKV * HS;
+                    const T ds = p[j] * (dp[j] - D) * scale;
+                    for (size_t c = 0; c < HS; c++) {
+                        dq[c] += ds * k[c];
+                        dk[c] += ds * q[c];
+                        dv[c] += p[j] * dO[c];
+                    }
+                }
+            }
+        }
+    }
+    return r;
+}
+
+// The ops, into poisoned and fenced buffers.
+template <class X>
+Result<X> device_attention(Cpu<X>& dev, const Shape& shape, const std::vector<X>& qkv, const std::vector<X>& dout) {
+    const Starts s = starts_of(shape.lengths);
+    const size_t N = s.N(), HS = size_t(shape.HS), NH = size_t(shape.NH);
+    device_reserve(dev, attention_workspace(dev, N, s.longest, shape.NH, shape.NKV, shape.HS));
+    memset(dev.workspace, 0xff, dev.workspace_bytes);  // NaN: what is read must have been written
+    Guarded<X> out(N * NH * HS), lse(NH * N), dqkv(qkv.size());
+    attention_forward(dev, out.data(), lse.data(), qkv.data(), s.at.data(), s.documents(), N, shape.NH, shape.NKV,
+                      shape.HS);
+    attention_backward(dev, dqkv.data(), dout.data(), out.data(), lse.data(), qkv.data(), s.at.data(), s.documents(), N,
+                       shape.NH, shape.NKV, shape.HS);
+    CHECK_FENCES(out);
+    CHECK_FENCES(lse);
+    CHECK_FENCES(dqkv);
+    return {std::vector<X>(out.data(), out.data() + out.n), std::vector<X>(lse.data(), lse.data() + lse.n),
+            std::vector<X>(dqkv.data(), dqkv.data() + dqkv.n), 0, 0};
+}
+
+std::string name_of(const Shape& shape) {
+    std::string name = std::to_string(shape.NH) + "/" + std::to_string(shape.NKV) + " heads of " +
+                       std::to_string(shape.HS) + ", documents";
+    for (int length : shape.lengths) {
+        name += " " + std::to_string(length);
+    }
+    return name;
+}
+
+template <class T>
+void inputs_of(const Shape& shape, double size, std::vector<T>* qkv, std::vector<T>* dout) {
+    const size_t N = starts_of(shape.lengths).N(), HS = size_t(shape.HS);
+    *qkv = random_values<T>(N * size_t(shape.NH + 2 * shape.NKV) * HS, 11, size);
+    *dout = random_values<T>(N * size_t(shape.NH) * HS, 12);
+}
+
+const std::vector<Shape> shapes = {
+    {1, 1, 2, {1}},       {9, 3, 6, {33}},           {9, 3, 32, {1, 2, 63, 64, 65, 130}}, {4, 2, 64, {130, 1, 97}},
+    {2, 1, 80, {65, 96}}, {3, 3, 128, {64, 2, 193}}, {2, 1, 256, {70}},                   {1, 1, 18, {1, 1, 1}},
+};
+
+}  // namespace
+
+// Cpu<double> is the formula up to its rounding: 1e-12 is some thousand roundings of 1e-16.
+static void attention_double() {
+    DoubleDevice dev(2);
+    for (const Shape& shape : shapes) {
+        std::vector<double> qkv, dout;
+        inputs_of(shape, 2, &qkv, &dout);
+        const Result<double> want = plain_attention(shape, qkv, dout), got = device_attention(dev, shape, qkv, dout);
+        const std::string name = name_of(shape);
+        CHECK_ERROR(name + ": out", greatest_error(got.out.data(), want.out.data(), want.out.size()), 1e-12);
+        CHECK_ERROR(name + ": lse", greatest_error(got.lse.data(), want.lse.data(), want.lse.size()), 1e-12);
+        CHECK_ERROR(name + ": dqkv", greatest_error(got.dqkv.data(), want.dqkv.data(), want.dqkv.size()), 1e-12);
+    }
+}
+
+static void attention_differences() {
+    DoubleDevice dev(1);
+    for (const Shape& shape : {Shape{4, 2, 6, {1, 9, 2}}, Shape{3, 1, 4, {70}}}) {
+        std::vector<double> qkv, dout;
+        inputs_of(shape, 2, &qkv, &dout);
+        const Result<double> got = device_attention(dev, shape, qkv, dout);
+        const Starts s = starts_of(shape.lengths);
+        std::vector<double> out(dout.size()), lse(s.N() * size_t(shape.NH));
+        double error = difference_error(qkv, got.dqkv.data(), 1, [&] {
+            attention_forward(dev, out.data(), lse.data(), qkv.data(), s.at.data(), s.documents(), s.N(), shape.NH,
+                              shape.NKV, shape.HS);
+            double sum = 0;
+            for (size_t i = 0; i < out.size(); i++) {
+                sum += out[i] * dout[i];
+            }
+            return sum;
+        });
+        CHECK_ERROR(name_of(shape), error, 1e-6);
+    }
+}
+
+static void attention_tiers() {
+    for (const Shape& shape : shapes) {
+        for (double size : {1.0, 6.0}) {  // 6: some rows put nearly all weight on one key
+            std::vector<double> qkv, dout;
+            std::vector<float> qkv_float, dout_float;
+            inputs_of(shape, size, &qkv, &dout);
+            inputs_of(shape, size, &qkv_float, &dout_float);
+            const Result<double> want = plain_attention(shape, qkv, dout);
+            const Result<float> plain = plain_attention(shape, qkv_float, dout_float);
+            // A document of one token: P = 1 and dP = D, so the plain evaluation cancels without error. Ours sums D in
+            // another order, and may miss by 4 roundings of the sums that cancel; likewise lse, one score.
+            const bool lone = starts_of(shape.lengths).longest == 1;
+            const double lse_floor = lone ? 4 * 6e-8 * want.score_term : 0;
+            const double dqkv_floor = lone ? 4 * 6e-8 * want.gradient_term : 0;
+            for_each_tier([&](Cpu<float>& dev) {
+                const Result<float> got = device_attention(dev, shape, qkv_float, dout_float);
+                const std::string name = std::string(dev.isa->name) + ", " + name_of(shape);
+                CHECK_ERROR(name + ": out", greatest_error(got.out.data(), want.out.data(), want.out.size()),
+                            float_bound(plain.out, want.out));
+                CHECK_ERROR(name + ": lse", greatest_error(got.lse.data(), want.lse.data(), want.lse.size()),
+                            std::max(lse_floor, float_bound(plain.lse, want.lse)));
+                CHECK_ERROR(name + ": dqkv", greatest_error(got.dqkv.data(), want.dqkv.data(), want.dqkv.size()),
+                            std::max(dqkv_floor, float_bound(plain.dqkv, want.dqkv)));
+            });
+        }
+    }
+}
+
+// A document alone has the bits it has among others.
+static void attention_packed() {
+    const Shape shape = {9, 3, 32, {1, 2, 63, 64, 65, 130, 300}};
+    std::vector<float> qkv, dout;
+    inputs_of(shape, 2, &qkv, &dout);
+    const Starts s = starts_of(shape.lengths);
+    const size_t N = s.N(), QKV = qkv.size() / N, wide = dout.size() / N;
+    for_each_tier([&](Cpu<float>& dev) {
+        const Result<float> together = device_attention(dev, shape, qkv, dout);
+        for (int d = 0; d < s.documents(); d++) {
+            const size_t first = size_t(s.at[size_t(d)]), n = size_t(s.at[size_t(d) + 1]) - first;
+            const Shape alone_shape = {shape.NH, shape.NKV, shape.HS, {int(n)}};
+            const std::vector<float> own(qkv.begin() + long(first * QKV), qkv.begin() + long((first + n) * QKV));
+            const std::vector<float> own_dout(dout.begin() + long(first * wide), dout.begin() + long((first + n) * wide));
+            const Result<float> alone = device_attention(dev, alone_shape, own, own_dout);
+            bool lse = true;
+            for (size_t h = 0; h < size_t(shape.NH); h++) {
+                lse = lse && same_bits(&alone.lse[h * n], &together.lse[h * N + first], n);
+            }
+            CHECK(same_bits(alone.out.data(), &together.out[first * wide], n * wide), "%s: out of document of %zu",
+                  dev.isa->name, n);
+            CHECK(lse, "%s: lse of document of %zu", dev.isa->name, n);
+            CHECK(same_bits(alone.dqkv.data(), &together.dqkv[first * QKV], n * QKV), "%s: dqkv of document of %zu",
+                  dev.isa->name, n);
+        }
+    });
+}
+
+// One document and one kv head on several threads is cut into pieces; one thread takes it whole.
+static void attention_threads() {
+    for (const Shape& shape : {Shape{2, 1, 64, {700}}, Shape{6, 3, 16, {530, 20, 300}}}) {
+        std::vector<float> qkv, dout;
+        inputs_of(shape, 2, &qkv, &dout);
+        for_each_tier([&](Cpu<float>& dev) {
+            dev.threads = 1;
+            const Result<float> one = device_attention(dev, shape, qkv, dout);
+            for (int threads : {2, 3, 7}) {
+                dev.threads = threads;
+                const Result<float> many = device_attention(dev, shape, qkv, dout);
+                CHECK(same_bits(one.out.data(), many.out.data(), one.out.size()), "%s: out, %d threads", dev.isa->name,
+                      threads);
+                CHECK(same_bits(one.lse.data(), many.lse.data(), one.lse.size()), "%s: lse, %d threads", dev.isa->name,
+                      threads);
+                CHECK(same_bits(one.dqkv.data(), many.dqkv.data(), one.dqkv.size()), "%s: dqkv, %d threads",
+                      dev.isa->name, threads);
+            }
+        });
+    }
+}
+
+// A NaN reaches the rows that see it and no other document.
+static void attention_nan() {
+    const Shape shape = {2, 1, 16, {40, 40}};
+    std::vector<float> qkv, dout;
+    inputs_of(shape, 1, &qkv, &dout);
+    const size_t QKV = 4 * 16, bad = 20;
+    qkv[bad * QKV + 2 * 16] = std::numeric_limits<float>::quiet_NaN();  // the key of row 20
+    for_each_tier([&](Cpu<float>& dev) {
+        const Result<float> got = device_attention(dev, shape, qkv, dout);
+        for (size_t row = 0; row < 80; row++) {
+            bool seen = row >= bad && row < 40;
+            CHECK(std::isnan(got.out[row * 32]) == seen, "%s: out of row %zu is %g", dev.isa->name, row,
+                  double(got.out[row * 32]));
+            CHECK(row < 40 || std::isfinite(got.dqkv[row * QKV]), "%s: dq of row %zu", dev.isa->name, row);
+        }
+    });
+}
+
+extern const Test attention_tests[] = {{"attention_double", attention_double},
+                                       {"attention_differences", attention_differences},
+                                       {"attention_tiers", attention_tiers},
+                                       {"attention_packed", attention_packed},
+                                       {"attention_threads", attention_threads},
+                                       {"attention_nan", attention_nan},
+                                       {nullptr, nullptr}};

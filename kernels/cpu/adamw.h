@@ -1,0 +1,87 @@
+// The optimizer's walk over the flat adapter buffers: AdamW, the norm of the gradients, the search for what is not
+// finite. The norm is summed in double over blocks that depend on n alone, so any number of threads gives the same bits.
+//
+// AdamW (Loshchilov, Hutter 2019) in the order of PyTorch's single-tensor path, scalars in double and then rounded:
+//   g = g grad_scale;  p = p (1 - lr wd);  m = m + (1 - beta1)(g - m);  v = v beta2 + (1 - beta2) g g
+//   p = p - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+#pragma once
+#include <cmath>
+
+#include "kernels/cpu/parallel.h"
+#include "kernels/cpu/rows.h"
+
+struct AdamW {
+    double lr, beta1, beta2, eps, weight_decay;
+    int64_t step;       // from 1
+    double grad_scale;  // clip coefficient, 1 = none
+};
+
+// p, m, v (n) in place; g (n) is read only.
+template <class X>
+void adamw_update(Cpu<X>& dev, typename Cpu<X>::real* p, typename Cpu<X>::real* m, typename Cpu<X>::real* v,
+                  const typename Cpu<X>::real* g, size_t n, const AdamW& a) {
+    using real = typename Cpu<X>::real;
+    const double correction1 = 1 - std::pow(a.beta1, double(a.step)), correction2 = 1 - std::pow(a.beta2, double(a.step));
+    const AdamWScalars<real> s = {real(a.grad_scale),  real(1 - a.lr * a.weight_decay), real(1 - a.beta1),
+                                  real(a.beta2),       real(1 - a.beta2),               real(std::sqrt(correction2)),
+                                  real(a.eps),         real(-(a.lr / correction1))};
+    parallel_ranges(dev.threads, n, 16384, [&](size_t begin, size_t end, int) {
+        row_kernels(dev).adamw(p + begin, m + begin, v + begin, g + begin, end - begin, &s);
+    });
+}
+
+constexpr size_t SUM_BLOCKS = 256;
+
+// fn(block, begin, end) for 256 consecutive ranges of 0 .. n.
+template <class X, class Fn>
+void for_sum_blocks(Cpu<X>& dev, size_t n, const Fn& fn) {
+    const size_t each = (n + SUM_BLOCKS - 1) / SUM_BLOCKS;
+    parallel_tasks(n < 65536 ? 1 : dev.threads, SUM_BLOCKS, [&](size_t block, int) {
+        size_t begin = block * each < n ? block * each : n, end = begin + each < n ? begin + each : n;
+        fn(block, begin, end);
+    });
+}
+
+// sum of x[i]^2 over x (n).
+template <class X>
+double sum_squares(Cpu<X>& dev, const typename Cpu<X>::real* x, size_t n) {
+    double block_sum[SUM_BLOCKS];
+    for_sum_blocks(dev, n, [&](size_t block, size_t begin, size_t end) {
+        double s[8] = {};
+        for (; begin + 8 <= end; begin += 8) {
+            for (size_t j = 0; j < 8; j++) {
+                s[j] += double(x[begin + j]) * double(x[begin + j]);
+            }
+        }
+        for (size_t j = 0; begin + j < end; j++) {
+            s[j] += double(x[begin + j]) * double(x[begin + j]);
+        }
+        block_sum[block] = ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]));
+    });
+    double sum = 0;
+    for (double s : block_sum) {
+        sum += s;
+    }
+    return sum;
+}
+
+// The index of the first element of x (n) that is infinite or NaN; n when all are finite.
+template <class X>
+size_t first_nonfinite(Cpu<X>& dev, const typename Cpu<X>::real* x, size_t n) {
+    size_t found[SUM_BLOCKS];
+    for_sum_blocks(dev, n, [&](size_t block, size_t begin, size_t end) {
+        found[block] = n;
+        for (size_t i = begin; i < end; i++) {
+            if (!std::isfinite(x[i])) {
+                found[block] = i;
+                break;
+            }
+        }
+    });
+    for (size_t i : found) {
+        if (i < n) {
+            return i;
+        }
+    }
+    return n;
+}

@@ -1,0 +1,86 @@
+// Opening the CPU device and its memory.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <thread>
+
+#include <sys/mman.h>
+
+#include "kernels/device.h"
+
+template <class X>
+void device_open(Cpu<X>& dev, int threads) {
+    int machine = int(std::thread::hardware_concurrency());
+    dev.threads = threads > 0 ? threads : machine > 0 ? machine : 1;
+    const char* name = getenv("TRAIN_LLAMA_CPU");
+    dev.isa = cpu_isa_choose(name && *name ? name : nullptr);
+    dev.workspace = nullptr;
+    dev.workspace_bytes = 0;
+}
+
+template <class X>
+void device_close(Cpu<X>& dev) {
+    device_free(dev, dev.workspace);
+    dev.workspace = nullptr;
+    dev.workspace_bytes = 0;
+}
+
+template <class X>
+void* device_alloc(Cpu<X>&, size_t bytes, const char* what) {
+    const size_t huge = size_t(2) << 20;
+    void* p = nullptr;
+    if (posix_memalign(&p, bytes >= 2 * huge ? huge : 64, bytes ? bytes : 64) != 0) {
+        fprintf(stderr, "error: not enough memory for %s (need %.1f MiB)\n", what, double(bytes) / (1 << 20));
+        fprintf(stderr, "hint: lower --pass-tokens or --max-tokens, or choose a smaller model or rank\n");
+        exit(1);
+    }
+    if (bytes >= 2 * huge) {
+        madvise(p, bytes, MADV_HUGEPAGE);  // only a wish: without it the same memory in small pages
+    }
+#ifdef TRAIN_LLAMA_DEBUG
+    memset(p, 0xff, bytes);  // a NaN in every floating-point type
+#endif
+    return p;
+}
+
+template <class X>
+void device_free(Cpu<X>&, void* p) {
+    free(p);
+}
+
+template <class X>
+void device_zero(Cpu<X>&, void* p, size_t bytes) {
+    memset(p, 0, bytes);
+}
+
+template <class X>
+void device_to(Cpu<X>&, void* device_p, const void* host_p, size_t bytes) {
+    memcpy(device_p, host_p, bytes);
+}
+
+template <class X>
+void device_from(Cpu<X>&, void* host_p, const void* device_p, size_t bytes) {
+    memcpy(host_p, device_p, bytes);
+}
+
+template <class X>
+void device_reserve(Cpu<X>& dev, size_t bytes) {
+    if (bytes > dev.workspace_bytes) {
+        device_free(dev, dev.workspace);
+        dev.workspace = static_cast<char*>(device_alloc(dev, bytes, "the workspace"));
+        dev.workspace_bytes = bytes;
+    }
+}
+
+#define INSTANTIATE(X)                                                    \
+    template void device_open(Cpu<X>&, int);                              \
+    template void device_close(Cpu<X>&);                                  \
+    template void* device_alloc(Cpu<X>&, size_t, const char*);            \
+    template void device_free(Cpu<X>&, void*);                            \
+    template void device_zero(Cpu<X>&, void*, size_t);                    \
+    template void device_to(Cpu<X>&, void*, const void*, size_t);         \
+    template void device_from(Cpu<X>&, void*, const void*, size_t);       \
+    template void device_reserve(Cpu<X>&, size_t);
+INSTANTIATE(float)
+INSTANTIATE(double)

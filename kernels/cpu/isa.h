@@ -1,0 +1,45 @@
+// The leaf kernels of one instruction tier, as a table of plain functions. Each tier is one translation unit
+// isa_{ref,avx2,avx512}.cpp that is built with that tier's flags and exports one table; everything else is built for the
+// plain target. A leaf touches the memory it is given and calls nothing outside its unit. OpenMP, allocation and shapes
+// belong to the callers.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/cpu/isa_rows.h"
+
+// The 16 values of NF4 (QLoRA, Dettmers et al. 2023, appendix E), ascending: quantiles of N(0, 1) scaled to [-1, 1].
+constexpr float NF4_CODE[16] = {
+    -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
+    -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f,
+    0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
+
+struct CpuIsa {
+    const char* name;  // ref, avx2, avx512
+    int MR, NR;        // rows and columns of the register tile
+
+    // c (mr, nr), row stride ldc, = or (add) += the product of the panels a (k)(MR) and b (k)(NR); mr <= MR, nr <= NR.
+    // Panels are padded with zeros to MR and NR. Each element is summed over k in ascending order in one accumulator,
+    // so that its bits depend on neither mr, nr nor its place in the tile.
+    void (*gemm_tile)(size_t k, const float* a, const float* b, float* c, size_t ldc, int mr, int nr, bool add);
+
+    // out (k, width), row stride ldo: out[i][j] = in[j][i] for j < n and 0 for n <= j < width; in (n, k), row stride ldi.
+    void (*transpose)(float* out, size_t ldo, int width, const float* in, size_t ldi, int n, size_t k);
+
+    // out (n): the NF4 weights first .. first + n of a tensor as the matmul sees them, round_to_bf16(code * absmax).
+    // codes from the start of the tensor; absmax[0] belongs to the block of weight `first` and is finite.
+    void (*nf4_run)(float* out, const uint8_t* codes, const float* absmax, size_t first, size_t n);
+
+    // out (n) = the bf16 or f16 elements in (n), widened.
+    void (*widen_bf16)(float* out, const uint16_t* in, size_t n);
+    void (*widen_f16)(float* out, const uint16_t* in, size_t n);
+
+    // Multiplies and adds in registers, n rounds; writes something to sink and returns the floating-point operations.
+    size_t (*fma_loop)(size_t n, float* sink);
+
+    CpuRows rows;  // exp, softmax, norms, SwiGLU over one row
+};
+
+extern const CpuIsa cpu_isa_ref, cpu_isa_avx2, cpu_isa_avx512;
+// The best tier of this processor, or the one named; nullptr when it is unknown or the processor lacks it.
+const CpuIsa* cpu_isa_choose(const char* name_or_null);

@@ -1,0 +1,135 @@
+#!/usr/bin/env bash
+# probe.sh FILE: what compiler and libraries can do, by compiling a few lines. Writes the answers as make variables to
+# FILE, prints one line for each, and stops with the install commands when something required is missing. Settings come
+# from the environment (CXX, CPPFLAGS, CXXFLAGS, LDFLAGS, NVCC, NVCCFLAGS, OPENMP, CUDA_ARCH, config, CONFIG_FLAGS).
+set -u
+out=$1
+mkdir -p "$(dirname "$out")"
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+missing=0
+apt="" dnf="" conda=""
+ok() { echo "  ✓ $1"; }
+no() { echo "  ✗ $1"; }
+need() {  # what, apt, dnf, conda
+    no "$1"
+    missing=1 apt="$apt $2" dnf="$dnf $3" conda="$conda $4"
+}
+
+# builds 'source' [flags]: compiles and links the lines with the user's flags, without optimisation (it is quicker)
+# shellcheck disable=SC2086
+builds() {
+    printf '%s\n' "$1" >"$work/probe.cpp"
+    $CXX -std=c++17 $CONFIG_FLAGS $CPPFLAGS $CXXFLAGS -O0 "$work/probe.cpp" $LDFLAGS ${2:-} \
+        -o "$work/probe" >"$work/log" 2>&1
+}
+
+echo "probing for config=${config:=release} (once for these settings)"
+if builds 'int main() { if constexpr (sizeof(int) == 4) { return 0; } }'; then
+    ok "$CXX: $($CXX --version | head -1)"
+elif command -v "${CXX%% *}" >/dev/null; then
+    no "$CXX cannot build a C++17 program with these flags:"
+    sed 's/^/      /' "$work/log" | head -5
+    exit 1
+else
+    if [ "$config" = thread ]; then
+        need "$CXX (config=thread needs clang)" clang clang clangxx
+    else
+        need "$CXX: a C++17 compiler" g++ gcc-c++ gxx
+    fi
+fi
+
+have_openmp="" base_arch="" gpu_code=""
+if [ $missing = 0 ]; then
+    if [ -z "$OPENMP" ]; then
+        no "OpenMP: switched off, one thread"
+    elif builds "#include <omp.h>
+        int main() { return omp_get_max_threads() < 1; }" -fopenmp; then
+        have_openmp=1
+        ok "OpenMP"
+    else
+        no "OpenMP: not found, one thread (clang: apt install libomp-dev, dnf install libomp-devel)"
+    fi
+    case $($CXX -dumpmachine) in
+        x86_64-*) builds 'int main() {}' -march=x86-64-v2 && base_arch=-march=x86-64-v2 ;;
+    esac
+    if builds "#include <nlohmann/json.hpp>
+        static_assert(NLOHMANN_JSON_VERSION_MAJOR == 3 && NLOHMANN_JSON_VERSION_MINOR >= 9, \"too old\");
+        int main() {}"; then
+        ok "nlohmann-json"
+    else
+        need "nlohmann-json 3.9 or newer" nlohmann-json3-dev json-devel nlohmann_json
+    fi
+    if builds "#define PCRE2_CODE_UNIT_WIDTH 8
+        #include <pcre2.h>
+        int main() { int n; return pcre2_config(PCRE2_CONFIG_JIT, &n) < 0; }" -lpcre2-8; then
+        ok "PCRE2"
+    else
+        need "PCRE2" libpcre2-dev pcre2-devel pcre2
+    fi
+    if builds "#include <CLI/CLI.hpp>
+        static_assert(CLI11_VERSION_MAJOR >= 2, \"too old\");
+        int main() {}"; then
+        ok "CLI11"
+    else
+        need "CLI11 2.0 or newer" libcli11-dev cli11-devel cli11
+    fi
+    if builds "#include <openssl/evp.h>
+        int main() { return EVP_sha256() == nullptr; }" -lcrypto; then
+        ok "libcrypto"
+    else
+        need "libcrypto (OpenSSL)" libssl-dev openssl-devel openssl
+    fi
+fi
+if [ $missing = 1 ]; then
+    {
+        echo "error: something required is missing (✗ above)"
+        echo "hint: make deps, or one of"
+        echo "        apt-get install$apt"
+        echo "        dnf install$dnf"
+        echo "        conda install -c conda-forge$conda   (with CPPFLAGS=-I\$CONDA_PREFIX/include" \
+             "LDFLAGS=\"-L\$CONDA_PREFIX/lib -Wl,-rpath,\$CONDA_PREFIX/lib\")"
+    } >&2
+    exit 1
+fi
+
+if [ -z "$NVCC" ]; then
+    no "CUDA: no nvcc, CPU only"
+else
+    archs=$CUDA_ARCH
+    why="as asked"
+    if [ "$archs" = all ]; then
+        archs="80 86 89 90a 100 120"
+    elif [ -z "$archs" ]; then
+        archs=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d '. ' | grep -E '^[0-9]+$' |
+            sed 's/^90$/90a/' | sort -u | tr '\n' ' ')
+        why="of the GPU here"
+        if [ -z "$archs" ]; then
+            archs="80 90a" why="no GPU here"
+        fi
+    fi
+    for a in $archs; do
+        gpu_code="$gpu_code -gencode arch=compute_$a,code=sm_$a"
+    done
+    echo 'int main() { return 0; }' >"$work/probe.cu"
+    # shellcheck disable=SC2086
+    if $NVCC -ccbin "${CXX%% *}" -std=c++17 $gpu_code $NVCCFLAGS "$work/probe.cu" -o "$work/probe" >"$work/log" 2>&1; then
+        ok "CUDA: $NVCC $($NVCC --version | sed -n 's/.*release \([0-9.]*\).*/\1/p'), sm_${archs// / sm_} ($why)"
+    else
+        no "CUDA: $NVCC cannot build with ${CXX%% *} for: $archs"
+        sed 's/^/      /' "$work/log" | head -5
+        echo "hint: NVCC= (empty) builds for the CPU alone" >&2
+        exit 1
+    fi
+fi
+
+# PROBED is compared by the Makefile with its own settings. Nothing else but this file decides that objects are stale.
+quote() { printf '%s' "$1" | sed 's/#/\\#/g; s/\$/$$/g'; }
+{
+    echo "# Written by scripts/probe.sh; remove it to probe again."
+    echo "HAVE_OPENMP := $have_openmp"
+    echo "BASE_ARCH := $base_arch"
+    echo "GPU_CODE :=$gpu_code"
+    echo "PROBED := $(quote "$CXX|$CPPFLAGS|$CXXFLAGS|$LDFLAGS|$NVCC|$NVCCFLAGS|$OPENMP|$CUDA_ARCH|$config")"
+} >"$out"

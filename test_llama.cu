@@ -1,0 +1,80 @@
+// test_llama [SUBSTRING...] [--quick] [--list]: runs the tests whose name has one of the substrings (all without any).
+// Owns the list of groups and the counting; the tests are in dev/tests/. One line a test; the last line is
+// `N passed, N failed, N skipped`; exit 1 when one failed. --quick leaves out what takes long (for slow, instrumented builds).
+#include <chrono>
+#include <cstdio>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "dev/tests/test.h"
+
+extern const Test json_tests[], files_tests[], safetensors_tests[], config_tests[];
+extern const Test options_tests[], run_tests[];
+extern const Test tokenizer_tests[], tokenizer_files_tests[], records_tests[], chat_tests[], pack_tests[];
+extern const Test random_tests[], elementwise_tests[], attention_tests[], adamw_tests[];
+extern const Test linear_tests[], nf4_tests[], classifier_tests[];
+extern const Test model_tests[], load_tests[], trainer_tests[];
+
+static const struct {
+    const char* name;
+    const Test* tests;
+    bool slow;
+} groups[] = {
+    {"json", json_tests, false},           {"files", files_tests, false},     {"safetensors", safetensors_tests, false},
+    {"config", config_tests, false},       {"options", options_tests, false}, {"run", run_tests, false},
+    {"tokenizer_files", tokenizer_files_tests, false},
+    {"tokenizer", tokenizer_tests, false}, {"records", records_tests, false}, {"chat", chat_tests, false},
+    {"pack", pack_tests, false},           {"random", random_tests, false},   {"elementwise", elementwise_tests, false},
+    {"attention", attention_tests, false}, {"adamw", adamw_tests, false},     {"linear", linear_tests, false},
+    {"nf4", nf4_tests, false},             {"classifier", classifier_tests, false}, {"model", model_tests, false},
+    {"load", load_tests, false},           {"trainer", trainer_tests, true},
+};
+
+static bool wanted(const std::string& name, const std::vector<std::string>& parts) {
+    for (const std::string& part : parts) {
+        if (name.find(part) != std::string::npos) {
+            return true;
+        }
+    }
+    return parts.empty();
+}
+
+int main(int argc, char** argv) {
+    std::vector<std::string> parts;
+    bool quick = false, list = false;
+    for (int i = 1; i < argc; i++) {
+        quick |= strcmp(argv[i], "--quick") == 0;
+        list |= strcmp(argv[i], "--list") == 0;
+        if (argv[i][0] != '-') {
+            parts.push_back(argv[i]);
+        }
+    }
+    int passed = 0, failed = 0, skipped = 0;
+    for (const auto& group : groups) {
+        for (const Test* t = group.tests; t->name != nullptr && !(quick && group.slow); t++) {
+            std::string name = std::string(group.name) + "/" + t->name;
+            if (!wanted(name, parts)) {
+                continue;
+            }
+            if (list) {
+                printf("%s\n", name.c_str());
+                continue;
+            }
+            test_state = TestState();
+            test_state.name = t->name;
+            auto start = std::chrono::steady_clock::now();
+            t->run();
+            double ms = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
+            const char* result = test_state.failures > 0 ? "FAILED" : test_state.skipped ? "skipped" : "ok";
+            printf("%-52s %-7s %7.0f ms\n", name.c_str(), result, ms);
+            fflush(stdout);
+            (test_state.failures > 0 ? failed : test_state.skipped ? skipped : passed)++;
+        }
+    }
+    if (list) {
+        return 0;
+    }
+    printf("%d passed, %d failed, %d skipped\n", passed, failed, skipped);
+    return failed > 0 ? 1 : 0;
+}

@@ -1,0 +1,156 @@
+// Checkpoints of a run: what state.json holds, saving, the checks before a resume, restoring. Whole-or-absent writing and
+// hashes are io/run.h's.
+#pragma once
+#include "train_run.h"
+
+inline Json fingerprints(const Run& run) {
+    Json j = Json::object();
+    j.set("base", run.base_hash).set("config", sha256_hex(run.c.text.data(), run.c.text.size()));
+    j.set("tokenizer", run.tokenizer.hash).set("template", run.form.name() + " " + run.form.date);
+    j.set("data", run.train.hash).set("val", run.val.hash).set("examples", run.train.size());
+    return j;
+}
+
+template <class Dev>
+Error checkpoint_save(Run& run, Llama<Dev>& m) {
+    using real = typename Dev::real;
+    std::string name = text_format("checkpoints/step_%lld", (long long)run.step);
+    if (path_exists(path_join(run.dir, name))) {
+        return {};  // just resumed from it
+    }
+    log_event(run.log, Json::object().set("event", "checkpoint").set("step", run.step).set("path", name));
+    log_sync(run.log);
+    Json state = Json::object();
+    state.set("version", 1).set("step", run.step).set("log_bytes", log_bytes(run.log)).set("fingerprints", fingerprints(run));
+    state.set("execution", Json::object().set("pass_tokens", run.plan.pass_tokens).set("recompute", recompute_name(run.plan.recompute))
+                               .set("device", "cpu").set("tier", m.dev.isa->name).set("program", train_llama_version));
+    state.set("first_loss", run.first_loss).set("last_loss", run.last_loss).set("window_loss", run.window_loss);
+    state.set("window_steps", run.window_steps);
+    Json evaluations = Json::array();
+    for (const Evaluation& e : run.evaluations) {
+        evaluations.push(Json::object().set("step", e.step).set("loss", e.loss).set("accuracy", e.accuracy).set("train_loss", e.train_loss));
+    }
+    state.set("evaluations", evaluations);
+    std::vector<float> values;
+    std::vector<bf16> rounded;
+    std::vector<real> moment1(m.adapter.size), moment2(m.adapter.size);
+    device_from(m.dev, moment1.data(), m.adapter.m, moment1.size() * sizeof(real));
+    device_from(m.dev, moment2.data(), m.adapter.v, moment2.size() * sizeof(real));
+    std::vector<CheckpointFile> files(4);
+    files[0] = {"adapter_model.safetensors", "", adapter_tensors(m, values, rounded, false)};
+    files[1] = {"adapter_config.json", adapter_config_text(run.lora, run.c.name), {}};
+    files[2] = {"optimizer.safetensors", "", {{"exp_avg", "F32", {moment1.size()}, moment1.data()},
+                                              {"exp_avg_sq", "F32", {moment2.size()}, moment2.data()}}};
+    files[3] = {"state.json", json_write(state, 1) + "\n", {}};
+    return checkpoint_write(run.dir, run.step, files, run.o.keep);
+}
+
+// Saves, and says so when that fails: a full disk costs the checkpoint, not the run.
+template <class Dev>
+void checkpoint_try(Run& run, Llama<Dev>& m) {
+    if (Error e = checkpoint_save(run, m)) {
+        console_warn(run.console, "no checkpoint at step %lld: %s; the one before is kept, training goes on", (long long)run.step,
+                     e.what.c_str());
+        log_event(run.log, Json::object().set("event", "checkpoint_failed").set("step", run.step).set("why", e.what));
+    }
+}
+
+inline Error fingerprints_check(const Run& run, const Checkpoint& checkpoint) {
+    const Json* then = checkpoint.state.find("fingerprints");
+    Json now = fingerprints(run);
+    std::string differ;
+    for (size_t i = 0; then != nullptr && i < now.keys.size(); i++) {
+        const Json* old = then->find(now.keys[i].c_str());
+        std::string was = old ? json_write(*old) : "nothing", is = json_write(now.items[i]);
+        if (was != is) {
+            differ += (differ.empty() ? "" : "; ") + now.keys[i] + " (then " + printable(was) + ", now " + printable(is) + ")";
+        }
+    }
+    if (then == nullptr || !differ.empty()) {
+        return bad_input("%s: cannot go on from it, these have changed: %s", checkpoint.path.c_str(), differ.c_str())
+            .hinted("restore them, or start a new run with another -o");
+    }
+    return {};
+}
+
+inline double state_number(const Json& state, const char* key) {
+    const Json* v = state.find(key);
+    return v != nullptr && v->is_number() ? v->number() : 0;
+}
+
+// The numbers of a checkpoint's state.json back into the run.
+inline Error state_restore(Run& run, const Checkpoint& checkpoint, uint64_t* keep_log) {
+    const Json& s = checkpoint.state;
+    if (state_number(s, "version") != 1) {
+        return bad_input("%s: written by a newer version of this program", checkpoint.path.c_str()).hinted("use that version to go on");
+    }
+    if (Error e = fingerprints_check(run, checkpoint)) {
+        return e;
+    }
+    run.step = checkpoint.step;
+    *keep_log = uint64_t(state_number(s, "log_bytes"));
+    run.first_loss = state_number(s, "first_loss");
+    run.last_loss = state_number(s, "last_loss");
+    run.window_loss = state_number(s, "window_loss");
+    run.window_steps = int64_t(state_number(s, "window_steps"));
+    const Json* list = s.find("evaluations");
+    for (size_t i = 0; list != nullptr && i < list->items.size(); i++) {
+        const Json& e = list->items[i];
+        run.evaluations.push_back({int64_t(state_number(e, "step")), state_number(e, "loss"), state_number(e, "accuracy"),
+                                   state_number(e, "train_loss")});
+    }
+    return {};
+}
+
+template <class Dev>
+Error checkpoint_restore(Llama<Dev>& m, const Checkpoint& checkpoint) {
+    using real = typename Dev::real;
+    if (Error e = adapter_load(m, checkpoint.path)) {
+        return e;
+    }
+    BaseReader r;
+    std::string path = path_join(checkpoint.path, "optimizer.safetensors");
+    if (Error e = safetensors_open(r.st, path)) {
+        return e;
+    }
+    Error error;
+    std::vector<real> host(m.adapter.size);
+    for (const char* name : {"exp_avg", "exp_avg_sq"}) {
+        const Tensor* t = safetensors_find(r.st, name);
+        if (t == nullptr || t->dtype != "F32" || t->elements() != m.adapter.size) {
+            return bad_input("%s: tensor %s is missing or has another size than the adapter", path.c_str(), name);
+        }
+        error = tensor_stream(r, *t, [&](const void*, const float* x, uint64_t first, size_t count) {
+            std::copy(x, x + count, host.begin() + first);
+        });
+        device_to(m.dev, name[7] == '\0' ? m.adapter.m : m.adapter.v, host.data(), host.size() * sizeof(real));
+        if (error) {
+            break;
+        }
+    }
+    safetensors_close(r.st);
+    return error;
+}
+
+// The adapter under its final names, each whole or absent. *hash: of adapter_model.safetensors.
+template <class Dev>
+Error adapter_write(Run& run, Llama<Dev>& m, std::string* hash) {
+    std::vector<float> values;
+    std::vector<bf16> rounded;
+    std::string path = path_join(run.dir, "adapter_model.safetensors"), temporary = path + ".tmp";
+    if (path_exists(temporary)) {
+        if (Error e = path_remove(temporary)) {
+            return e;
+        }
+    }
+    if (Error e = safetensors_write(temporary, adapter_tensors(m, values, rounded, run.o.adapter_dtype == "bf16"))) {
+        return e;
+    }
+    if (Error e = sha256_file(*hash, temporary)) {
+        return e;
+    }
+    if (Error e = path_rename(temporary, path)) {
+        return e;
+    }
+    return file_replace(path_join(run.dir, "adapter_config.json"), adapter_config_text(run.lora, run.c.name));
+}

@@ -1,0 +1,725 @@
+// train_llama: a run of fine-tuning from its options to the files it leaves. Owns the loop, evaluation, what is logged and
+// shown, the benchmark. Settings and data of a run are train_run.h's; no tensor arithmetic: that is llama.h and kernels/.
+//
+//   epoch e's order = permutation(seed, e); a step = the next -b examples of it, split into passes of whole documents
+//   loss = sum of cross-entropy over the step's targets / their number;  clip;  AdamW on A and B
+#include "kernels/cpu/peak.h"
+#include "train_checkpoint.h"
+
+static volatile sig_atomic_t stop_signal = 0;
+
+extern "C" void on_signal(int number) {
+    if (stop_signal != 0) {
+        _exit(128 + number);  // the second one: at once; the checkpoint before is intact
+    }
+    stop_signal = number;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// records of log.jsonl
+
+static Json log_run(const Run& run, const std::string& device) {
+    Json j = Json::object();
+    j.set("event", "run").set("version", train_llama_version);
+    Json settings = options_to_json(run.o);
+    for (size_t i = 0; i < settings.keys.size(); i++) {
+        j.set(settings.keys[i], settings.items[i]);
+    }
+    j.set("device", device).set("model_dir", run.model_dir).set("parameters", uint64_t(model_parameters(run.c)));
+    j.set("adapter_parameters", uint64_t(adapter_elements(run.c, run.lora))).set("scale", run.lora.scale());
+    j.set("total_steps", run.steps).set("steps_per_epoch", run.steps_per_epoch).set("warmup_steps", run.warmup);
+    j.set("peak_lr", run.lr).set("template_used", run.form.name()).set("unicode", run.tokenizer.unicode_version);
+    return j;
+}
+
+static Json log_data(const Run& run) {
+    const Dataset& d = run.train;
+    Json j = Json::object();
+    j.set("event", "data").set("examples", d.size()).set("rejected", d.rejected).set("truncated", d.truncated);
+    j.set("dropped", d.dropped_without_target).set("duplicates", d.duplicates).set("tokens", d.tokens);
+    j.set("target_tokens", d.target_tokens).set("longest", d.longest).set("hash", d.hash);
+    j.set("val_examples", run.val.size()).set("val_target_tokens", run.val.target_tokens);
+    return j;
+}
+
+static Json log_plan(const Plan& p) {
+    Json j = Json::object();
+    j.set("event", "plan").set("weights_bytes", p.weights).set("adapter_bytes", p.adapter);
+    j.set("optimizer_bytes", p.optimizer).set("activation_bytes", p.activations).set("workspace_bytes", p.workspace);
+    j.set("pass_tokens", p.pass_tokens).set("recompute", recompute_name(p.recompute));
+    return j;
+}
+
+static void plan_show(Run& run) {
+    const Plan& p = run.plan;
+    console_table(run.console, {{"memory plan", ""},
+                                {"  base (" + p.base_text + ")", text_bytes(double(p.weights))},
+                                {"  adapter and gradients (fp32)", text_bytes(double(p.adapter))},
+                                {"  optimizer moments (fp32)", text_bytes(double(p.optimizer))},
+                                {text_format("  activations (passes of %zu tokens, recompute %s)", p.pass_tokens,
+                                             recompute_name(p.recompute)), text_bytes(double(p.activations))},
+                                {"  workspace", text_bytes(double(p.workspace))},
+                                {"  together, of " + text_bytes(double(machine_memory())), text_bytes(double(p.total()))}});
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// evaluation
+
+template <class Dev>
+Evaluation evaluate(Run& run, Llama<Dev>& m) {
+    std::vector<size_t> all(run.val.size());
+    std::iota(all.begin(), all.end(), size_t(0));
+    PassLoss sum;
+    Batch b;
+    for (const std::vector<size_t>& examples : passes_make(run.val, all, run.plan.pass_tokens, run.o.pack)) {
+        batch_make(b, run.val, examples);
+        PassLoss one = llama_loss(m, llama_forward(m, b, 0, 0), false, 1);
+        sum.loss += one.loss;
+        sum.labels += one.labels;
+        sum.correct += one.correct;
+    }
+    Evaluation e;
+    e.step = run.step;
+    e.loss = sum.loss / double(sum.labels);
+    e.accuracy = double(sum.correct) / double(sum.labels);
+    return e;
+}
+
+// Validation loss has risen twice in a row while training loss fell: the adapter has begun to learn the examples by heart.
+static void overfitting_warning(Run& run) {
+    const std::vector<Evaluation>& e = run.evaluations;
+    size_t n = e.size();
+    if (n < 4 || !(e[n - 1].loss > e[n - 2].loss && e[n - 2].loss > e[n - 3].loss && e[n - 1].train_loss < e[n - 2].train_loss &&
+                   e[n - 2].train_loss < e[n - 3].train_loss)) {
+        return;
+    }
+    const Evaluation* best = &e[0];
+    for (const Evaluation& x : e) {
+        best = x.loss < best->loss ? &x : best;
+    }
+    console_warn(run.console, "overfitting: validation loss has risen for two evaluations (%.4f, %.4f, %.4f) while training loss "
+                 "fell; the best step was %lld (%.4f)", e[n - 3].loss, e[n - 2].loss, e[n - 1].loss, (long long)best->step, best->loss);
+    log_event(run.log, Json::object().set("event", "overfitting").set("step", run.step).set("best_step", best->step)
+                           .set("best_loss", best->loss));
+}
+
+template <class Dev>
+void evaluate_and_log(Run& run, Llama<Dev>& m) {
+    if (run.val.size() == 0 || (!run.evaluations.empty() && run.evaluations.back().step == run.step)) {
+        return;
+    }
+    Evaluation e = evaluate(run, m);
+    e.train_loss = run.window_steps > 0 ? run.window_loss / double(run.window_steps) : 0;
+    run.window_loss = 0;
+    run.window_steps = 0;
+    run.evaluations.push_back(e);
+    log_event(run.log, Json::object().set("event", "eval").set("step", e.step).set("loss", e.loss)
+                           .set("perplexity", std::exp(e.loss)).set("token_accuracy", e.accuracy));
+    console_line(run.console, text_format("eval step %lld | loss %.4f | perplexity %.3f | next-token accuracy %.1f %%",
+                                          (long long)e.step, e.loss, std::exp(e.loss), 100 * e.accuracy));
+    overfitting_warning(run);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// the loop
+
+static StepRates step_rates(const Run& run, int64_t s) {
+    const Options& o = run.o;
+    return {learning_rate(run, s), o.beta1, o.beta2, o.eps, o.weight_decay, o.clip};
+}
+
+static void step_log(Run& run, const StepResult& r, double lr, double seconds, double eta) {
+    const double rate = double(r.tokens) / seconds, mfu = run.peak_gflops > 0 ? r.flops / seconds / 1e9 / run.peak_gflops : 0;
+    log_event(run.log, Json::object().set("event", "step").set("step", run.step)
+                           .set("epoch", double(run.step) / double(run.steps_per_epoch)).set("loss", r.loss).set("lr", lr)
+                           .set("grad_norm", r.grad_norm).set("tokens", r.tokens).set("target_tokens", r.targets)
+                           .set("ms", seconds * 1e3).set("tokens_per_s", rate).set("mfu", mfu));
+    console_live(run.console, text_format("step %4lld/%lld | loss %.4f | norm %.3f | lr %.2e | %.0f tok/s | %4.1f%% mfu | eta %s",
+                                          (long long)run.step, (long long)run.steps, r.loss, r.grad_norm, lr, rate, 100 * mfu,
+                                          text_duration(eta).c_str()), run.step == run.steps);
+}
+
+static void diverged_report(Run& run, const StepResult& r, int64_t s) {
+    std::string lines;
+    for (size_t i : step_examples(run, s)) {
+        lines += (lines.empty() ? "" : ", ") + std::to_string(run.train.line[i]);
+    }
+    log_event(run.log, Json::object().set("event", "end").set("reason", "diverged").set("steps", run.step).set("bad", r.bad));
+    console_warn(run.console, "step %lld: %s is not finite; no update was made. Lines of the step: %s", (long long)(s + 1),
+                 r.bad.c_str(), lines.c_str());
+}
+
+// Steps until the end or a signal. The result's code is 0, 3 (diverged) or 128 + signal.
+template <class Dev>
+Error train_loop(Run& run, Llama<Dev>& m) {
+    const Options& o = run.o;
+    const int64_t eval_every = o.eval_every > 0 ? o.eval_every : run.steps_per_epoch;
+    const int64_t save_every = o.save_every > 0 ? o.save_every : run.steps_per_epoch;
+    if (run.step == 0) {
+        evaluate_and_log(run, m);
+    }
+    const double started = seconds_now();
+    const int64_t first = run.step;
+    while (run.step < run.steps) {
+        const int64_t s = run.step;
+        const double t = seconds_now();
+        const StepRates rates = step_rates(run, s);
+        StepResult r = train_step(m, run.train, step_examples(run, s), run.plan.pass_tokens, o.pack, s + 1, rates);
+        if (!r.bad.empty()) {
+            diverged_report(run, r, s);
+            return Error{3, "training diverged at step " + std::to_string(s + 1),
+                         "lower --lr, or look at the lines named above; the last checkpoint is in " + run.dir + "/checkpoints"};
+        }
+        run.step++;
+        if (s == 0 && r.loss > std::log(double(run.c.V)) + 1) {
+            console_warn(run.console, "the first loss %.2f is worse than guessing (ln V = %.2f): tokenizer and model may not match",
+                         r.loss, std::log(double(run.c.V)));
+        }
+        run.first_loss = s == 0 ? r.loss : run.first_loss;
+        run.last_loss = r.loss;
+        run.window_loss += r.loss;
+        run.window_steps++;
+        const double now = seconds_now();
+        step_log(run, r, rates.lr, now - t, (now - started) / double(run.step - first) * double(run.steps - run.step));
+        if (run.step % eval_every == 0 || run.step == run.steps) {
+            evaluate_and_log(run, m);
+        }
+        if (run.step % save_every == 0 || run.step == run.steps || stop_signal != 0) {
+            checkpoint_try(run, m);
+        }
+        if (stop_signal != 0 && run.step < run.steps) {
+            log_event(run.log, Json::object().set("event", "end").set("reason", "signal").set("steps", run.step));
+            return Error{128 + stop_signal, "stopped by a signal after step " + std::to_string(run.step),
+                         "go on with: train_llama --resume -o " + run.dir};
+        }
+    }
+    return {};
+}
+
+static void closing_table(Run& run, const std::string& hash, double seconds) {
+    std::vector<std::vector<std::string>> rows = {{"", "before", "after"}};
+    if (run.evaluations.size() > 1) {
+        const Evaluation &a = run.evaluations.front(), &b = run.evaluations.back();
+        rows.push_back({"validation loss", text_format("%.4f", a.loss), text_format("%.4f", b.loss)});
+        rows.push_back({"perplexity", text_format("%.3f", std::exp(a.loss)), text_format("%.3f", std::exp(b.loss))});
+        rows.push_back({"next-token accuracy", text_format("%.1f %%", 100 * a.accuracy), text_format("%.1f %%", 100 * b.accuracy)});
+    }
+    rows.push_back({"training loss (first, last step)", text_format("%.4f", run.first_loss), text_format("%.4f", run.last_loss)});
+    console_table(run.console, rows);
+    console_fact(run.console, "%lld steps in %s, peak memory %s", (long long)run.steps, text_duration(seconds).c_str(),
+                 text_bytes(double(peak_memory())).c_str());
+    console_fact(run.console, "adapter %s/adapter_model.safetensors (sha256 %.16s)", run.dir.c_str(), hash.c_str());
+    console_fact(run.console, "load it with PEFT:  PeftModel.from_pretrained(base, \"%s\")", run.dir.c_str());
+    console_fact(run.console, "repeat the run:     ./train_llama --config %s/run.json", run.dir.c_str());
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// setting up
+
+static Error model_open(Run& run) {
+    if (is_shape(run.o)) {
+        run.model_dir = run.o.model;
+        return llama_config_shape(run.c, run.o.model.substr(6));
+    }
+    run.model_dir = run.o.model.empty() ? default_model(run) : run.o.model;
+    if (Error e = llama_config_read(run.c, run.model_dir)) {
+        return e;
+    }
+    for (const std::string& w : run.c.warnings) {
+        console_warn(run.console, "%s", w.c_str());
+    }
+    if (run.c.name.empty()) {
+        run.c.name = run.o.model.empty() ? "dev/tiny_llama" : run.o.model;
+    }
+    return {};
+}
+
+static Error text_open(Run& run) {
+    if (Error e = tokenizer_load(run.tokenizer, run.model_dir, run.c.V)) {
+        return e;
+    }
+    for (const std::string& w : run.tokenizer.warnings) {
+        console_warn(run.console, "%s", w.c_str());
+    }
+    const std::string& t = run.o.chat_template;
+    return chat_form_choose(run.form, run.tokenizer, t == "llama3" ? Template::LLAMA3 : t == "llama3-raw" ? Template::LLAMA3_RAW :
+                                                     t == "plain" ? Template::PLAIN : Template::AUTO);
+}
+
+// A model's rows for the control tokens of its chat template may never have been trained (base models): said, since
+// frozen embeddings stay as they are.
+template <class Dev>
+void untrained_rows_warning(Run& run, Llama<Dev>& m) {
+    using X = typename Dev::floatX;
+    auto norm = [&](size_t row) {
+        std::vector<X> x(run.c.C);
+        matrix_row(m.dev, x.data(), m.w.embed, row);
+        return std::sqrt(std::inner_product(x.begin(), x.end(), x.begin(), 0.0));
+    };
+    if (run.form.kind == ChatForm::PLAIN) {
+        return;
+    }
+    std::vector<double> sample;
+    for (size_t i = 0; i < std::min<size_t>(1000, run.c.V); i++) {
+        sample.push_back(norm(i * size_t(run.c.V) / std::min<size_t>(1000, run.c.V)));
+    }
+    std::nth_element(sample.begin(), sample.begin() + sample.size() / 2, sample.end());
+    for (int id : {run.form.header, run.form.header_end, run.form.eot}) {
+        if (id >= 0 && norm(id) < 0.25 * sample[sample.size() / 2]) {
+            console_warn(run.console, "the embedding of %s looks untrained (a base model?); it is frozen and will stay meaningless",
+                         printable(run.tokenizer.pieces[id]).c_str());
+        }
+    }
+}
+
+static void banner(Run& run, const std::string& device, int threads) {
+    console_fact(run.console, "train_llama %s on %s, %d threads", train_llama_version, device.c_str(), threads);
+    console_fact(run.console, "base %s: %s parameters, %d layers, hidden %d, %d/%d heads of %d, vocabulary %d%s", run.model_dir.c_str(),
+                 text_count(model_parameters(run.c)).c_str(), run.c.L, run.c.C, run.c.NH, run.c.NKV, run.c.HS, run.c.V,
+                 run.c.tied ? ", tied head" : "");
+    std::string targets;
+    for (int i = 0; i < MODULES; i++) {
+        targets += run.lora.target[i] ? std::string(targets.empty() ? "" : " ") + module_name[i] : "";
+    }
+    console_fact(run.console, "LoRA rank %d, scale %g, dropout %g on %s: %s parameters", run.lora.r, run.lora.scale(),
+                 double(run.lora.dropout), targets.c_str(), text_count(adapter_elements(run.c, run.lora)).c_str());
+}
+
+static Error dry_run(Run& run) {
+    const Options& o = run.o;
+    for (size_t i = 0; i < std::min<size_t>(3, run.train.size()); i++) {
+        console_line(run.console, text_format("# example %zu (line %zu), targets marked:", i + 1, run.train.line[i]));
+        console_line(run.console, dataset_show(run.train, run.tokenizer, i, run.console.terminal));
+    }
+    if (!o.dump_data.empty()) {
+        std::string text;
+        for (size_t i = 0; i < run.train.size(); i++) {
+            text += dataset_dump_line(run.train, i) + "\n";
+        }
+        if (Error e = file_replace(o.dump_data, text)) {
+            return e;
+        }
+        console_fact(run.console, "%zu examples written to %s", run.train.size(), o.dump_data.c_str());
+    }
+    Batch b;
+    double flops = 0, tokens = 0;
+    for (size_t i : step_examples(run, 0)) {
+        batch_make(b, run.train, {i});
+        flops += pass_flops(run.c, run.lora, b);
+        tokens += double(b.size());
+    }
+    console_fact(run.console, "%lld steps, %lld an epoch; peak rate %.3g after %lld steps of warm-up, %s", (long long)run.steps,
+                 (long long)run.steps_per_epoch, run.lr, (long long)run.warmup, o.schedule.c_str());
+    console_fact(run.console, "speed at most %.0f tok/s (the measured peak of %.0f GFLOP/s; half of it is usual)",
+                 tokens / (flops / 1e9 / run.peak_gflops), run.peak_gflops);
+    console_fact(run.console, "dry run: nothing was trained or written");
+    return {};
+}
+
+// The longest example and the most tokens of a step, for the plan.
+static void data_extent(const Run& run, size_t* longest, size_t* most) {
+    *longest = std::max(run.train.longest, run.val.size() > 0 ? run.val.longest : 0);
+    std::vector<size_t> lengths;
+    for (size_t i = 0; i < run.train.size(); i++) {
+        lengths.push_back(run.train.length(i));
+    }
+    std::sort(lengths.rbegin(), lengths.rend());
+    lengths.resize(std::min(lengths.size(), size_t(run.o.batch)));
+    *most = std::max(*longest, std::accumulate(lengths.begin(), lengths.end(), size_t(0)));
+}
+
+static void signals_install() {
+    struct sigaction action = {};
+    action.sa_handler = on_signal;
+    for (int number : {SIGINT, SIGTERM, SIGHUP}) {
+        sigaction(number, &action, nullptr);
+    }
+    signal(SIGPIPE, SIG_IGN);
+}
+
+// Files and lock of the run directory; with --resume the checkpoint to go on from (step -1: none).
+static Error directory_open(Run& run, Checkpoint& checkpoint) {
+    const Options& o = run.o;
+    if (run.dir.empty()) {
+        run.dir = run_directory_name(path_stem(o.inputs[0]), run.lora.r, false);
+    }
+    if (Error e = run_directory_prepare(run.dir, run.model_dir, o.resume, o.overwrite)) {
+        return e;
+    }
+    if (Error e = run_lock(run.lock, run.dir)) {
+        return e;
+    }
+    if (!o.resume) {
+        return {};
+    }
+    std::vector<std::string> complaints;
+    Error e = checkpoint_newest(checkpoint, complaints, run.dir);
+    for (const std::string& c : complaints) {
+        console_warn(run.console, "%s", c.c_str());
+    }
+    if (!e && checkpoint.step < 0) {
+        console_fact(run.console, "no checkpoint in %s: starting afresh", run.dir.c_str());
+    }
+    return e;
+}
+
+// The execution choices of a checkpoint are used again; a different device or program is said.
+static void execution_restore(Run& run, const Checkpoint& checkpoint, const std::string& tier) {
+    const Json* x = checkpoint.state.find("execution");
+    if (x == nullptr) {
+        return;
+    }
+    run.plan.pass_tokens = std::max(run.plan.pass_tokens, size_t(state_number(*x, "pass_tokens")));
+    run.plan.pass_tokens = run.o.pass_tokens > 0 ? run.plan.pass_tokens : size_t(state_number(*x, "pass_tokens"));
+    const Json *recompute = x->find("recompute"), *then = x->find("tier");
+    if (recompute != nullptr) {
+        recompute_parse(run.plan.recompute, recompute->string);
+    }
+    if (then != nullptr && then->string != tier) {
+        console_warn(run.console, "the checkpoint was written on tier %s, this is %s: the same training, no longer the same bits",
+                     printable(then->string).c_str(), tier.c_str());
+    }
+}
+
+template <class Dev>
+Error base_open(Run& run, Llama<Dev>& m, const BaseOptions& base) {
+    const double t = seconds_now();
+    m.c = run.c;
+    if (is_shape(run.o)) {
+        llama_random(m, base);
+        return {};
+    }
+    std::vector<std::string> warnings;
+    if (Error e = llama_load(m, &run.base_hash, warnings, run.model_dir, base)) {
+        return e;
+    }
+    for (const std::string& w : warnings) {
+        console_warn(run.console, "%s", w.c_str());
+    }
+    console_fact(run.console, "base read in %.1f s", seconds_now() - t);
+    return {};
+}
+
+static std::string rejected_text(const Run& run) {
+    std::string text;
+    for (const RejectedLine& r : run.train.bad) {
+        text += json_write(Json::object().set("file", run.train.files[r.file]).set("line", r.line).set("reason", r.reason)
+                               .set("raw", utf8_replace_invalid(r.raw.data(), r.raw.size(), nullptr))) + "\n";
+    }
+    return text;
+}
+
+// The part of a run that writes: run.json, the log, the loop, the adapter.
+template <class Dev>
+Error run_files(Run& run, Llama<Dev>& m, const Checkpoint& checkpoint, uint64_t keep_log, const std::string& device, double setup) {
+    const double started = seconds_now();
+    std::string adapter = path_join(run.dir, "adapter_model.safetensors");
+    if (checkpoint.step >= run.steps && path_exists(adapter) && path_exists(path_join(run.dir, "adapter_config.json"))) {
+        console_fact(run.console, "already complete: the adapter is in %s", run.dir.c_str());
+        return {};
+    }
+    if (Error e = file_replace(path_join(run.dir, "run.json"), json_write(options_to_json(run.o), 2) + "\n")) {
+        return e;
+    }
+    if (Error e = log_open(run.log, path_join(run.dir, "log.jsonl"), keep_log)) {
+        return e;
+    }
+    if (keep_log == 0) {
+        log_event(run.log, log_run(run, device));
+        log_event(run.log, log_data(run));
+        log_event(run.log, log_plan(run.plan));
+    }
+    if (run.train.bad.size() > 0) {
+        if (Error e = file_replace(path_join(run.dir, "rejected.jsonl"), rejected_text(run))) {
+            return e;
+        }
+    }
+    signals_install();
+    if (Error e = train_loop(run, m)) {
+        return e;
+    }
+    std::string hash;
+    if (Error e = adapter_write(run, m, &hash)) {
+        log_event(run.log, Json::object().set("event", "end").set("reason", "error").set("steps", run.step));
+        return e.hinted("free space or mend the directory, then: train_llama --resume -o " + run.dir);
+    }
+    log_event(run.log, Json::object().set("event", "end").set("reason", "finished").set("steps", run.step).set("adapter_sha256", hash));
+    log_sync(run.log);
+    closing_table(run, hash, seconds_now() - started + setup);
+    return {};
+}
+
+// From data and model to the end of the run.
+template <class Dev>
+Error train(Run& run, Dev& dev) {
+    const Options& o = run.o;
+    const double started = seconds_now();
+    const BaseOptions base = {o.quant == "nf4", o.double_quant};
+    const std::string device = text_format("cpu, %s", dev.isa->name);
+    run.peak_gflops = cpu_peak_gflops(dev);
+    banner(run, device, dev.threads);
+    if (Error e = data_read(run)) {
+        return e;
+    }
+    data_report(run);
+    if (Error e = schedule_settings(run)) {
+        return e;
+    }
+    size_t longest, most;
+    data_extent(run, &longest, &most);
+    if (Error e = plan_choose(run.plan, dev, run.c, run.lora, base, longest, most, o.pass_tokens, o.recompute, machine_memory())) {
+        return e;
+    }
+    if (o.dry_run) {
+        plan_show(run);
+        return dry_run(run);
+    }
+    Checkpoint checkpoint;
+    if (Error e = directory_open(run, checkpoint)) {
+        return e;
+    }
+    if (checkpoint.step >= 0) {
+        execution_restore(run, checkpoint, dev.isa->name);
+        plan_fill(run.plan, dev, run.c, run.lora, base, longest);
+    }
+    plan_show(run);
+    if (Error e = checkpoint_preflight(run.dir, 3 * adapter_elements(run.c, run.lora) * 4)) {
+        return e;
+    }
+    Llama<Dev> m;
+    m.dev = dev;
+    if (Error e = base_open(run, m, base)) {
+        return e;
+    }
+    untrained_rows_warning(run, m);
+    llama_adapter_create(m, run.lora);
+    llama_activations_create(m, run.plan.pass_tokens, longest, run.plan.recompute, true);
+    m.dropout_seed = o.seed;
+    uint64_t keep_log = 0;
+    if (checkpoint.step >= 0) {
+        if (Error e = state_restore(run, checkpoint, &keep_log)) {
+            return e;
+        }
+        if (Error e = checkpoint_restore(m, checkpoint)) {
+            return e;
+        }
+        console_fact(run.console, "going on after step %lld of %lld (%s)", (long long)run.step, (long long)run.steps, checkpoint.path.c_str());
+    } else if (o.init_adapter.empty()) {
+        llama_adapter_init(m, o.seed);
+    } else if (Error e = adapter_load(m, o.init_adapter)) {
+        return e;
+    }
+    Error e = run_files(run, m, checkpoint, keep_log, device, seconds_now() - started);
+    log_close(run.log);
+    run_unlock(run.lock);
+    llama_free(m);
+    return e;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// --benchmark: timed steps on random tokens
+
+static void benchmark_data(Run& run) {
+    const size_t T = run.max_tokens;
+    Dataset& d = run.train;
+    for (int i = 0; i < run.o.batch; i++) {
+        for (size_t t = 0; t < T; t++) {
+            d.ids.push_back(int32_t(random_below(run.o.seed, STREAM_TOKENS, uint64_t(i), t, uint64_t(run.c.V))));
+            d.targets.push_back(t > 0);
+        }
+        d.start.push_back(d.ids.size());
+    }
+    d.longest = T;
+}
+
+template <class Dev>
+Error benchmark(Run& run, Dev& dev) {
+    const Options& o = run.o;
+    const BaseOptions base = {o.quant == "nf4", o.double_quant};
+    run.peak_gflops = cpu_peak_gflops(dev);
+    banner(run, text_format("cpu, %s", dev.isa->name), dev.threads);
+    benchmark_data(run);
+    if (Error e = plan_choose(run.plan, dev, run.c, run.lora, base, run.max_tokens, run.max_tokens * size_t(o.batch), o.pass_tokens,
+                              o.recompute, machine_memory())) {
+        return e;
+    }
+    plan_show(run);
+    Llama<Dev> m;
+    m.dev = dev;
+    if (Error e = base_open(run, m, base)) {
+        return e;
+    }
+    llama_adapter_create(m, run.lora);
+    llama_activations_create(m, run.plan.pass_tokens, run.max_tokens, run.plan.recompute, true);
+    llama_adapter_init(m, o.seed);
+    std::vector<size_t> examples(run.train.size());
+    std::iota(examples.begin(), examples.end(), size_t(0));
+    std::vector<double> seconds;
+    StepResult r;
+    for (int64_t s = 0; s <= o.benchmark; s++) {  // the first is a warm-up
+        if (s == 1) {
+            std::fill(m.op_seconds, m.op_seconds + OPS, 0.0);
+        }
+        const double t = seconds_now();
+        r = train_step(m, run.train, examples, run.plan.pass_tokens, o.pack, s + 1, {1e-4, o.beta1, o.beta2, o.eps, 0, o.clip});
+        if (s > 0) {
+            seconds.push_back(seconds_now() - t);
+            console_live(run.console, text_format("step %lld/%lld | loss %.4f | %.0f ms | %.1f tok/s", (long long)s,
+                                                  (long long)o.benchmark, r.loss, seconds.back() * 1e3, double(r.tokens) / seconds.back()),
+                         s == o.benchmark);
+        }
+    }
+    double total = std::accumulate(seconds.begin(), seconds.end(), 0.0);
+    std::vector<std::vector<std::string>> rows = {{"time by op", "ms a step", "share"}};
+    for (int i = 0; i < OPS; i++) {
+        rows.push_back({op_name[i], text_format("%.1f", m.op_seconds[i] / double(seconds.size()) * 1e3),
+                        text_format("%.1f %%", 100 * m.op_seconds[i] / total)});
+    }
+    console_table(run.console, rows);
+    std::sort(seconds.begin(), seconds.end());
+    const double median = seconds[seconds.size() / 2], achieved = r.flops / median / 1e9;
+    const double peak = std::max(run.peak_gflops, cpu_peak_gflops(dev));
+    console_fact(run.console, "median %.1f ms a step of %zu tokens, peak memory %s", median * 1e3, r.tokens,
+                 text_bytes(double(peak_memory())).c_str());
+    console_fact(run.console, "achieved %.1f GFLOP/s, measured peak %.1f GFLOP/s: %.1f %%", achieved, peak, 100 * achieved / peak);
+    printf("tokens_per_s: %.2f\n", double(r.tokens) / median);
+    llama_free(m);
+    return {};
+}
+
+// -m shape:NAME --dry-run: the memory plan and the speed to hope for, without data.
+template <class Dev>
+Error shape_plan(Run& run, Dev& dev) {
+    const Options& o = run.o;
+    if (!o.dry_run) {
+        return bad_input("-m %s has random weights: it is for --dry-run and --benchmark N only", o.model.c_str());
+    }
+    run.peak_gflops = cpu_peak_gflops(dev);
+    banner(run, text_format("cpu, %s", dev.isa->name), dev.threads);
+    benchmark_data(run);
+    const BaseOptions base = {o.quant == "nf4", o.double_quant};
+    const size_t most = run.max_tokens * size_t(o.batch);
+    Error e = plan_choose(run.plan, dev, run.c, run.lora, base, run.max_tokens, most, o.pass_tokens, o.recompute, machine_memory());
+    plan_show(run);
+    if (e) {
+        return e;
+    }
+    Batch b;
+    batch_make(b, run.train, {0});
+    console_fact(run.console, "speed at most %.2f tok/s (the measured peak of %.0f GFLOP/s; half of it is usual)",
+                 double(b.size()) / (pass_flops(run.c, run.lora, b) / 1e9 / run.peak_gflops), run.peak_gflops);
+    return {};
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// main
+
+// A launcher that starts several tasks would get as many copies of the same training.
+static Error launcher_check() {
+    for (const char* name : {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"}) {
+        const char* value = getenv(name);
+        if (value != nullptr && atoi(value) > 1) {
+            return bad_input("started by a launcher with %d tasks (%s), but this program is built without MPI", atoi(value), name)
+                .hinted("start it once, without mpirun or srun (training on many ranks is not part of this version)");
+        }
+    }
+    return {};
+}
+
+static Error device_settings(const Options& o) {
+    if (o.device == "cuda") {
+        return bad_input("--device cuda: this version trains on the CPU only").hinted("leave out --device, or give --device cpu");
+    }
+    if (o.math != "auto" && o.math != "fp32") {
+        return bad_input("--math %s: this version computes in fp32 only", o.math.c_str()).hinted("leave out --math");
+    }
+    if (!o.dump_data.empty() && !o.dry_run) {
+        return bad_input("--dump-data needs --dry-run");
+    }
+    return {};
+}
+
+// --resume: the directory, and the settings of its run.json where the command line gives none.
+static Error resume_settings(Run& run) {
+    Options& o = run.o;
+    run.dir = o.output;
+    if (!o.resume) {
+        return {};
+    }
+    if (run.dir.empty()) {
+        run.dir = run_directory_name(path_stem(o.inputs[0]), o.rank, true);
+    }
+    std::string path = path_join(run.dir, "run.json");
+    if (!run.dir.empty() && path_exists(path)) {
+        Json j;
+        if (Error e = json_read_file(j, path)) {
+            return e;
+        }
+        if (Error e = options_take(o, j, path, true)) {
+            return e;
+        }
+    }
+    if (o.inputs.empty()) {
+        return bad_input("--resume: %s holds no run, and there is no -i to start one", run.dir.c_str());
+    }
+    return {};
+}
+
+static Error program(Run& run, int argc, char** argv) {
+    bool done = false;
+    if (Error e = options_parse(run.o, &done, argc, argv)) {
+        return e;
+    }
+    if (done) {
+        return {};
+    }
+    if (Error e = launcher_check()) {
+        return e;
+    }
+    if (Error e = device_settings(run.o)) {
+        return e;
+    }
+    console_open(run.console, run.o.quiet);
+    char exe[4096];
+    ssize_t n = readlink("/proc/self/exe", exe, sizeof(exe) - 1);
+    run.exe_dir = path_directory(n > 0 ? std::string(exe, size_t(n)) : std::string(argv[0]));
+    if (Error e = resume_settings(run)) {
+        return e;
+    }
+    if (Error e = model_open(run)) {
+        return e;
+    }
+    if (Error e = lora_settings(run)) {
+        return e;
+    }
+    if (Error e = length_settings(run)) {
+        return e;
+    }
+    Cpu<float> dev;
+    device_open(dev, run.o.threads);
+    if (dev.isa == nullptr) {
+        return bad_input("TRAIN_LLAMA_CPU names a tier that is unknown or that this processor lacks")
+            .hinted("unset it, or set it to ref, avx2 or avx512");
+    }
+    if (run.o.benchmark > 0) {
+        return benchmark(run, dev);
+    }
+    if (is_shape(run.o)) {
+        return shape_plan(run, dev);
+    }
+    if (Error e = text_open(run)) {
+        return e;
+    }
+    return train(run, dev);
+}
+
+int main(int argc, char** argv) {
+    Run run;
+    Error e = program(run, argc, argv);
+    if (e.code >= 128) {  // stopped after saving: not an error of anyone's
+        console_fact(run.console, "%s", e.what.c_str());
+        console_fact(run.console, "%s", e.hint.c_str());
+        return e.code;
+    }
+    return e ? error_print(e) : 0;
+}

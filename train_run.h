@@ -1,0 +1,260 @@
+// A run: what it is made of, the settings that follow from model and data, its data and the order of its examples. The
+// loop and the files are train_llama.cu's, checkpoints train_checkpoint.h's.
+#pragma once
+#include <signal.h>
+#include <sys/resource.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <numeric>
+
+#include "io/console.h"
+#include "io/options.h"
+#include "io/run.h"
+#include "llama_io.h"
+#include "train_step.h"
+
+// ---------------------------------------------------------------------------------------------------------------------
+// a run
+
+struct Evaluation {
+    int64_t step = 0;
+    double loss = 0, accuracy = 0;
+    double train_loss = 0;  // mean of the steps since the evaluation before; 0 at the first
+};
+
+struct Run {
+    Options o;
+    Console console;
+    std::string dir, model_dir, exe_dir;
+    LlamaConfig c;
+    LoraConfig lora;
+    Tokenizer tokenizer;
+    ChatForm form;
+    Dataset train, val;
+    std::string val_source;        // for the banner: a path, "10 % of the input" or why there is none
+    Plan plan;
+    size_t max_tokens = 0;         // of an example
+    int64_t steps = 0, steps_per_epoch = 0, warmup = 0;
+    double lr = 0;
+    std::string base_hash;
+    double peak_gflops = 0;        // measured on this machine, for mfu
+    RunLog log;
+    RunLock lock;
+    // what a checkpoint carries beside tensors
+    int64_t step = 0;              // steps done
+    std::vector<Evaluation> evaluations;
+    double first_loss = 0, last_loss = 0, window_loss = 0;
+    int64_t window_steps = 0;
+};
+
+inline double seconds_now() {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+inline uint64_t machine_memory() { return uint64_t(sysconf(_SC_PHYS_PAGES)) * uint64_t(sysconf(_SC_PAGESIZE)); }
+
+inline uint64_t peak_memory() {  // of this process, bytes
+    struct rusage usage = {};
+    getrusage(RUSAGE_SELF, &usage);
+    return uint64_t(usage.ru_maxrss) * 1024;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// settings that depend on model and data
+
+inline std::string default_model(const Run& run) {
+    for (const char* up : {"", "../../"}) {  // beside the program, or beside the build folder that holds it
+        std::string dir = run.exe_dir + "/" + up + "dev/tiny_llama";
+        if (path_is_directory(dir)) {
+            return dir;
+        }
+    }
+    return run.exe_dir + "/dev/tiny_llama";
+}
+
+inline bool is_shape(const Options& o) { return o.model.rfind("shape:", 0) == 0; }
+
+inline Error targets_parse(LoraConfig& lora, const std::string& list) {
+    std::fill(lora.target, lora.target + MODULES, false);
+    for (size_t at = 0; at <= list.size();) {
+        size_t comma = std::min(list.find(',', at), list.size());
+        std::string word = list.substr(at, comma - at);
+        bool known = false;
+        for (int m = 0; m < MODULES; m++) {
+            if (word == "all" || word == module_name[m] || (word == "attention" && m <= O_PROJ) || (word == "mlp" && m > O_PROJ)) {
+                lora.target[m] = known = true;
+            }
+        }
+        if (!known) {
+            return bad_input("--targets: unknown module '%s'", printable(word).c_str())
+                .hinted("all, attention, mlp, or names: q_proj k_proj v_proj o_proj gate_proj up_proj down_proj");
+        }
+        at = comma + 1;
+    }
+    return {};
+}
+
+inline Error lora_settings(Run& run) {
+    const Options& o = run.o;
+    run.lora.r = o.rank;
+    run.lora.alpha = o.alpha;
+    run.lora.rslora = o.rslora;
+    if (Error e = targets_parse(run.lora, o.targets)) {
+        return e;
+    }
+    if (!o.init_adapter.empty()) {
+        LoraConfig wanted = run.lora;
+        if (Error e = adapter_config_read(run.lora, o.init_adapter)) {
+            return e;
+        }
+        bool differs[] = {o.has("rank") && wanted.r != run.lora.r, o.has("alpha") && wanted.alpha != run.lora.alpha,
+                          o.has("rslora") && wanted.rslora != run.lora.rslora,
+                          o.has("targets") && !std::equal(wanted.target, wanted.target + MODULES, run.lora.target)};
+        const char* const names[] = {"rank", "alpha", "rslora", "targets"};
+        for (int i = 0; i < 4; i++) {
+            if (differs[i]) {
+                return bad_input("--%s differs from that of --init-adapter %s", names[i], o.init_adapter.c_str())
+                    .hinted("leave it out: an adapter that is started from brings its own");
+            }
+        }
+    }
+    run.lora.dropout = float(o.dropout);
+    int limit = 1 << 30;
+    for (int m = 0; m < MODULES; m++) {
+        if (run.lora.target[m]) {
+            limit = std::min({limit, module_rows(run.c, m), module_cols(run.c, m)});
+        }
+    }
+    if (run.lora.r > limit) {
+        return bad_input("--rank %d is larger than the smallest side of a target matrix (need at most %d)", run.lora.r, limit)
+            .hinted("a rank beyond that adds nothing");
+    }
+    const int served[] = {1, 8, 16, 32, 64, 128, 256, 320, 512};  // vLLM's --max-lora-rank
+    const int* next = std::lower_bound(served, served + 9, run.lora.r);
+    if (next < served + 9 && *next != run.lora.r && run.lora.r > 16) {
+        console_warn(run.console, "rank %d: vLLM needs --max-lora-rank %d to load this adapter", run.lora.r, *next);
+    }
+    return {};
+}
+
+inline Error length_settings(Run& run) {
+    const Options& o = run.o;
+    size_t limit = size_t(run.c.max_positions);
+    run.max_tokens = o.max_tokens > 0 ? size_t(o.max_tokens) : std::min<size_t>(2048, limit);
+    if (run.c.sliding_window > 0 && run.max_tokens > size_t(run.c.sliding_window)) {
+        return bad_input("%s: the model attends to %d tokens only (sliding_window), and examples may have %zu", run.model_dir.c_str(),
+                         run.c.sliding_window, run.max_tokens).hinted(text_format("lower the length: -t %d", run.c.sliding_window));
+    }
+    if (run.max_tokens > limit) {
+        console_warn(run.console, "-t %zu is beyond the model's %zu positions: it has not learned them", run.max_tokens, limit);
+    }
+    return {};
+}
+
+inline Error schedule_settings(Run& run) {
+    const Options& o = run.o;
+    run.steps_per_epoch = int64_t((run.train.size() + o.batch - 1) / o.batch);
+    run.steps = o.steps > 0 ? o.steps : int64_t(std::ceil(o.epochs * double(run.steps_per_epoch)));
+    run.warmup = o.warmup >= 0 ? o.warmup : int64_t(std::ceil(0.03 * double(run.steps)));
+    if (run.warmup > run.steps) {
+        return bad_input("--warmup %lld is longer than the run (found %lld steps)", (long long)run.warmup, (long long)run.steps)
+            .hinted("lower --warmup or train longer (-e, -n)");
+    }
+    // "LoRA Without Regret" and the Tinker cookbook: ten times the full fine-tuning rate, falling with the width.
+    run.lr = o.lr >= 0 ? o.lr : 5e-5 * 10 * std::pow(2000.0 / run.c.C, 0.781);
+    if (run.lr > 0.1) {
+        console_warn(run.console, "--lr %g is very high for LoRA; the default here would be %.3g", run.lr,
+                     5e-5 * 10 * std::pow(2000.0 / run.c.C, 0.781));
+    }
+    return {};
+}
+
+inline double learning_rate(const Run& run, int64_t step) {  // of step 0, 1, ...
+    const double s = double(step), W = double(run.warmup), T = double(run.steps);
+    if (step < run.warmup) {
+        return run.lr * (s + 1) / W;
+    }
+    const double left = T - W > 0 ? (s - W) / (T - W) : 0;
+    if (run.o.schedule == "cosine") {
+        return run.lr * 0.5 * (1 + std::cos(M_PI * left));
+    }
+    return run.o.schedule == "linear" ? run.lr * (1 - left) : run.lr;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// data
+
+inline Error data_read(Run& run) {
+    const Options& o = run.o;
+    DataOptions d;
+    d.form = run.form;
+    d.format = o.format;
+    d.max_tokens = run.max_tokens;
+    d.vocab = run.c.V;
+    d.parse_special = o.parse_special;
+    d.skip_bad = o.skip_bad;
+    d.replace_bad_utf8 = o.bad_utf8 == "replace";
+    d.max_line_bytes = size_t(o.max_line) << 20;
+    d.threads = o.threads;
+    if (Error e = dataset_load(run.train, o.inputs, run.tokenizer, d)) {
+        return e;
+    }
+    std::string beside = path_join(path_directory(o.inputs[0]), path_stem(o.inputs[0]) + "_val.jsonl");
+    std::string file = o.val.empty() && o.val_split == 0 && path_exists(beside) ? beside : o.val == "none" ? "" : o.val;
+    if (!file.empty()) {
+        run.val_source = file;
+        if (Error e = dataset_load(run.val, {file}, run.tokenizer, d)) {
+            return e;
+        }
+        if (run.val.hash == run.train.hash) {
+            console_warn(run.console, "%s holds the same bytes as the training data: its loss says nothing about new text", file.c_str());
+        }
+    } else if (o.val_split > 0) {
+        size_t n = run.train.size(), held = std::max<size_t>(1, size_t(o.val_split * double(n) + 0.5));
+        if (n < 2 || held >= n) {
+            return bad_input("--val-split %g leaves nothing to train on (found %zu examples)", o.val_split, n);
+        }
+        std::vector<size_t> order = random_permutation(n, o.seed, STREAM_SPLIT, 0);
+        order.resize(held);
+        std::sort(order.begin(), order.end());
+        dataset_split(run.train, run.val, order);
+        run.val_source = text_format("%zu examples of the input (--val-split %g)", held, o.val_split);
+    } else {
+        run.val_source = o.val == "none" ? "none" : "none (" + beside + " is not there; --val FILE or --val-split F)";
+    }
+    return {};
+}
+
+inline void data_report(Run& run) {
+    for (const std::string& line : dataset_report(run.train)) {
+        console_line(run.console, "# " + line);
+    }
+    for (const Dataset* d : {&run.train, &run.val}) {
+        for (const std::string& w : d->warnings) {
+            console_warn(run.console, "%s", w.c_str());
+        }
+    }
+    console_fact(run.console, "held-out data: %s%s", run.val_source.c_str(),
+                 run.val.size() > 0 ? text_format(", %s examples, %s targets", text_count(run.val.size()).c_str(),
+                                                  text_count(run.val.target_tokens).c_str()).c_str() : "");
+}
+
+// The examples of step s (0, 1, ...): the next -b of its epoch's order. The last step of an epoch may hold fewer.
+inline std::vector<size_t> step_examples(const Run& run, int64_t s) {
+    const size_t n = run.train.size(), batch = size_t(run.o.batch);
+    const int64_t epoch = s / run.steps_per_epoch;
+    static thread_local int64_t cached_epoch = -1;
+    static thread_local std::vector<size_t> order;
+    if (cached_epoch != epoch || order.size() != n) {
+        order.resize(n);
+        std::iota(order.begin(), order.end(), size_t(0));
+        if (run.o.shuffle) {
+            order = random_permutation(n, run.o.seed, STREAM_ORDER, uint64_t(epoch));
+        }
+        cached_epoch = epoch;
+    }
+    size_t first = size_t(s % run.steps_per_epoch) * batch;
+    return {order.begin() + first, order.begin() + std::min(n, first + batch)};
+}
