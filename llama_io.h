@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "io/bnb.h"
+#include "llama_bnb.h"
 #include "io/safetensors.h"
 #include "kernels/widen.h"
 #include "llama.h"

@@ -9,7 +9,7 @@
 
 #include "dev/tests/test.h"
 
-extern const Test json_tests[], files_tests[], safetensors_tests[], config_tests[];
+extern const Test json_tests[], files_tests[], safetensors_tests[], bnb_tests[], config_tests[];
 extern const Test options_tests[], run_tests[];
 extern const Test tokenizer_tests[], tokenizer_files_tests[], records_tests[], chat_tests[], pack_tests[];
 extern const Test random_tests[], elementwise_tests[], attention_tests[], adamw_tests[];
@@ -22,6 +22,7 @@ static const struct {
     bool slow;
 } groups[] = {
     {"json", json_tests, false},           {"files", files_tests, false},     {"safetensors", safetensors_tests, false},
+    {"bnb", bnb_tests, false},
     {"config", config_tests, false},       {"options", options_tests, false}, {"run", run_tests, false},
     {"tokenizer_files", tokenizer_files_tests, false},
     {"tokenizer", tokenizer_tests, false}, {"records", records_tests, false}, {"chat", chat_tests, false},

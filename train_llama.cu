@@ -334,7 +334,6 @@ static void signals_install() {
     for (int number : {SIGINT, SIGTERM, SIGHUP}) {
         sigaction(number, &action, nullptr);
     }
-    signal(SIGPIPE, SIG_IGN);
 }
 
 // Files and lock of the run directory; with --resume the checkpoint to go on from (step -1: none).
@@ -714,6 +713,7 @@ static Error program(Run& run, int argc, char** argv) {
 }
 
 int main(int argc, char** argv) {
+    signal(SIGPIPE, SIG_IGN);  // a reader of our output that goes away must not end the training
     Run run;
     Error e = program(run, argc, argv);
     if (e.code >= 128) {  // stopped after saving: not an error of anyone's

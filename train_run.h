@@ -208,8 +208,9 @@ inline Error data_read(Run& run) {
         if (Error e = dataset_load(run.val, {file}, run.tokenizer, d)) {
             return e;
         }
-        if (run.val.hash == run.train.hash) {
-            console_warn(run.console, "%s holds the same bytes as the training data: its loss says nothing about new text", file.c_str());
+        std::string overlap = dataset_overlap(run.train, run.val);
+        if (!overlap.empty()) {
+            console_warn(run.console, "%s", overlap.c_str());
         }
     } else if (o.val_split > 0) {
         size_t n = run.train.size(), held = std::max<size_t>(1, size_t(o.val_split * double(n) + 0.5));

@@ -2,6 +2,7 @@
 //   attention [T] [HS] [NH] [NKV] [documents] [threads]
 // Floating-point operations are those of the causal triangle: 2 products forward, 5 backward.
 #include "kernels/cpu/attention.h"
+#include "kernels/random.h"
 
 #include <algorithm>
 #include <cstdio>
@@ -57,15 +58,15 @@ int main(int argc, char** argv) {
     std::vector<float> sink(size_t(dev.threads) * 64);
     std::vector<size_t> counted(size_t(dev.threads));
     const double peak_time = best_seconds(dev.threads, [&] {
-        parallel(dev.threads, [&](int w) { counted[size_t(w)] = dev.isa->fma_loop(20000, &sink[size_t(w) * 64]); });
+        parallel(dev.threads, [&](int w) { counted[size_t(w)] = dev.isa->fma_loop(1000000, &sink[size_t(w) * 64]); });
     });
     const double peak = double(counted[0]) * dev.threads / peak_time;
     const double forward = best_seconds(dev.threads, [&] {
         attention_forward(dev, out.data(), lse.data(), qkv.data(), starts.data(), documents, N, NH, NKV, HS);
     });
     const double backward = best_seconds(dev.threads, [&] {
-        attention_backward(dev, dqkv.data(), dout.data(), out.data(), lse.data(), qkv.data(), starts.data(), documents, N,
-                           NH, NKV, HS);
+        attention_backward(dev, dqkv.data(), dout.data(), out.data(), lse.data(), qkv.data(), starts.data(), documents,
+                           N, NH, NKV, HS);
     });
     const double product = double(documents) * NH * (double(T) * (T + 1) / 2) * HS * 2;
     printf("%s, %d threads, T %d, HS %d, heads %d/%d, documents %d: peak %.0f GFLOP/s\n", dev.isa->name, dev.threads, T,

@@ -30,14 +30,14 @@ enum : unsigned {
 
 struct Setting {
     const char* group;
-    char letter;            // 0: none
-    const char* name;       // long name, and the key of run.json
-    const char* argument;   // as the help shows it; with '|' the list of values allowed; nullptr: a flag
+    char letter;           // 0: none
+    const char* name;      // long name, and the key of run.json
+    const char* argument;  // as the help shows it; with '|' the list of values allowed; nullptr: a flag
     const char* help;
     Field field;
     unsigned flags = 0;
-    double low = 0, high = 0;            // of numbers
-    const char* automatic = nullptr;     // what the default means when it is no legal value: "by the memory plan"
+    double low = 0, high = 0;         // of numbers
+    const char* automatic = nullptr;  // what the default means when it is no legal value: "by the memory plan"
 };
 
 const double MANY = 1e9;
@@ -47,8 +47,10 @@ const Setting settings[] = {
     {"", 'm', "model", "DIR", "base model: a Hugging Face directory, or shape:NAME", &Options::model, PATH, 0, 0,
      "dev/tiny_llama beside the program"},
     {"", 'o', "output", "DIR", "run directory", &Options::output, PATH | NOT_SAVED, 0, 0, "runs/<stem>-r<rank>-<k>"},
-    {"", 0, "val", "FILE|none", "held-out data", &Options::val, PATH | FREE, 0, 0, "<input stem>_val.jsonl if it is there"},
-    {"", 0, "val-split", "F", "hold out this fraction of the input", &Options::val_split, OPEN_LOW | OPEN_HIGH, 0, 1, "none"},
+    {"", 0, "val", "FILE|none", "held-out data", &Options::val, PATH | FREE, 0, 0,
+     "<input stem>_val.jsonl if it is there"},
+    {"", 0, "val-split", "F", "hold out this fraction of the input", &Options::val_split, OPEN_LOW | OPEN_HIGH, 0, 1,
+     "none"},
     {"", 't', "max-tokens", "N", "longest example kept whole; longer ones are cut", &Options::max_tokens, 0, 2, 1 << 24,
      "min(2048, the model's limit)"},
     {"", 0, "template", "auto|llama3|llama3-raw|plain", "how a dialogue becomes text", &Options::chat_template},
@@ -82,22 +84,26 @@ const Setting settings[] = {
     {"", 0, "no-shuffle", nullptr, "file order in every epoch", &Options::shuffle, INVERTED},
     {"", 0, "seed", "N", "of every random choice", &Options::seed, 0, 0, 18446744073709551615.0},
 
-    {"Execution (never changes the result beyond rounding)", 0, "device", "auto|cpu|cuda", "where", &Options::device, FREE},
+    {"Execution (never changes the result beyond rounding)", 0, "device", "auto|cpu|cuda", "where", &Options::device,
+     FREE},
     {"", 0, "threads", "N", "CPU threads", &Options::threads, FREE, 1, 4096, "all"},
     {"", 0, "math", "auto|fp32|int16|bf16", "CPU arithmetic of the base", &Options::math, FREE},
-    {"", 0, "recompute", "auto|none|ffn|attn|full", "activations made again instead of kept", &Options::recompute, FREE},
+    {"", 0, "recompute", "auto|none|ffn|attn|full", "activations made again instead of kept", &Options::recompute,
+     FREE},
     {"", 0, "pass-tokens", "N", "tokens in flight", &Options::pass_tokens, FREE, 1, 1 << 24, "by the memory plan"},
     {"", 0, "no-pack", nullptr, "one document a pass", &Options::pack, INVERTED | FREE},
 
-    {"The run", 0, "eval-every", "N", "steps between evaluations", &Options::eval_every, FREE, 1, MANY, "once an epoch"},
+    {"The run", 0, "eval-every", "N", "steps between evaluations", &Options::eval_every, FREE, 1, MANY,
+     "once an epoch"},
     {"", 0, "save-every", "N", "steps between checkpoints", &Options::save_every, FREE, 1, MANY, "once an epoch"},
     {"", 0, "keep", "N", "checkpoints that are kept", &Options::keep, FREE, 2, MANY},
     {"", 0, "resume", nullptr, "go on from the newest good checkpoint", &Options::resume, NOT_SAVED},
     {"", 0, "overwrite", nullptr, "replace an earlier run in --output", &Options::overwrite, NOT_SAVED},
     {"", 0, "dry-run", nullptr, "everything up to the first step: data report, plan", &Options::dry_run, NOT_SAVED},
-    {"", 0, "dump-data", "FILE", "with --dry-run: every example's tokens and targets", &Options::dump_data, PATH | NOT_SAVED,
-     0, 0, ""},
-    {"", 0, "benchmark", "N", "time N steps on random tokens, write nothing", &Options::benchmark, NOT_SAVED, 1, MANY, "off"},
+    {"", 0, "dump-data", "FILE", "with --dry-run: every example's tokens and targets", &Options::dump_data,
+     PATH | NOT_SAVED, 0, 0, ""},
+    {"", 0, "benchmark", "N", "time N steps on random tokens, write nothing", &Options::benchmark, NOT_SAVED, 1, MANY,
+     "off"},
     {"", 'q', "quiet", nullptr, "print warnings and errors only", &Options::quiet, FREE},
 };
 
@@ -137,7 +143,8 @@ std::string need(const Setting& s) {
     }
     if (is_number(s)) {
         std::string low = number_text(s.low), high = number_text(s.high);
-        std::string range = s.flags & OPEN_LOW ? "above " + low + (s.flags & OPEN_HIGH ? " and below " : " and at most ") + high
+        std::string range = s.flags & OPEN_LOW
+                                ? "above " + low + (s.flags & OPEN_HIGH ? " and below " : " and at most ") + high
                             : s.flags & OPEN_HIGH ? "at least " + low + " and below " + high
                                                   : "from " + low + " to " + high;
         return (holds<double>(s) ? "a decimal number " : "an integer ") + range;
@@ -168,7 +175,8 @@ std::string bad_target(const std::string& list) {
 }
 
 bool in_range(const Setting& s, double v) {
-    return std::isfinite(v) && (s.flags & OPEN_LOW ? v > s.low : v >= s.low) && (s.flags & OPEN_HIGH ? v < s.high : v <= s.high);
+    return std::isfinite(v) && (s.flags & OPEN_LOW ? v > s.low : v >= s.low) &&
+           (s.flags & OPEN_HIGH ? v < s.high : v <= s.high);
 }
 
 bool set_text(Options& o, const Setting& s, const Json& v) {
@@ -331,7 +339,8 @@ const Setting& nearest(const std::string& name) {
     const Setting* best = settings;
     size_t distance = SIZE_MAX;
     for (const Setting& s : settings) {
-        size_t d = !name.empty() && std::string(s.name).rfind(name, 0) == 0 ? 0 : edit_distance(name.substr(0, 64), s.name);
+        size_t d =
+            !name.empty() && std::string(s.name).rfind(name, 0) == 0 ? 0 : edit_distance(name.substr(0, 64), s.name);
         if (d < distance) {
             distance = d;
             best = &s;
@@ -341,10 +350,11 @@ const Setting& nearest(const std::string& name) {
 }
 
 void print_help() {
-    printf("train_llama fine-tunes a LLaMA-3 model by LoRA or QLoRA from a jsonl file.\n\n"
-           "  train_llama -i data.jsonl -r 16                 train the default base on your data\n"
-           "  train_llama -i data.jsonl -m DIR -o runs/mine   a Hugging Face model, a run directory of your choice\n"
-           "  train_llama -o runs/mine --resume               go on where it stopped\n");
+    printf(
+        "train_llama fine-tunes a LLaMA-3 model by LoRA or QLoRA from a jsonl file.\n\n"
+        "  train_llama -i data.jsonl -r 16                 train the default base on your data\n"
+        "  train_llama -i data.jsonl -m DIR -o runs/mine   a Hugging Face model, a run directory of your choice\n"
+        "  train_llama -o runs/mine --resume               go on where it stopped\n");
     for (const Setting& s : settings) {
         if (*s.group) {
             printf("\n%s:\n", s.group);
@@ -353,9 +363,12 @@ void print_help() {
         printf(left.size() <= 28 ? "  %-28s  %s\n" : "  %s\n                                %s\n", left.c_str(),
                described(s).c_str());
     }
-    printf("\nAnd:\n  %-28s  %s\n  %-28s  %s\n  %-28s  %s\n", "    --config FILE", "options from a run.json; the command line wins",
-           "    --version", "the program's version", "-h, --help", "this page");
-    printf("\nExit status: 0 done, 1 runtime failure, 2 bad option or input, 3 diverged, 128 + n saved and stopped by signal n.\n");
+    printf("\nAnd:\n  %-28s  %s\n  %-28s  %s\n  %-28s  %s\n", "    --config FILE",
+           "options from a run.json; the command line wins", "    --version", "the program's version", "-h, --help",
+           "this page");
+    printf(
+        "\nExit status: 0 done, 1 runtime failure, 2 bad option or input, 3 diverged, 128 + n saved and stopped by "
+        "signal n.\n");
     fflush(stdout);
 }
 
@@ -395,8 +408,10 @@ Error set_from_text(Options& o, const Setting& s, const std::vector<std::string>
     Json items = Json::array();
     for (const std::string& text : texts) {
         if (!is_number(s) && (text.empty() || (text.size() > 1 && text[0] == '-'))) {
-            return bad_input("%s needs a value (found %s)", dashed.c_str(), text.empty() ? "an empty one" : printable(text).c_str())
-                .hinted(usage(s) + (text.empty() || !(s.flags & PATH) ? "" : "; a path that begins with '-' is written ./-..."));
+            return bad_input("%s needs a value (found %s)", dashed.c_str(),
+                             text.empty() ? "an empty one" : printable(text).c_str())
+                .hinted(usage(s) +
+                        (text.empty() || !(s.flags & PATH) ? "" : "; a path that begins with '-' is written ./-..."));
         }
         items.push(from_text(s, text));
     }
@@ -410,29 +425,36 @@ Error set_from_text(Options& o, const Setting& s, const std::vector<std::string>
 Error check_together(const Options& o) {
     std::string word = bad_target(o.targets);
     if (!word.empty()) {
-        return bad_input("--targets: no such module (found %s, need all, attention, mlp, or a list of q_proj, k_proj, v_proj, "
-                         "o_proj, gate_proj, up_proj, down_proj)", printable(word).c_str())
+        return bad_input(
+                   "--targets: no such module (found %s, need all, attention, mlp, or a list of q_proj, k_proj, "
+                   "v_proj, "
+                   "o_proj, gate_proj, up_proj, down_proj)",
+                   printable(word).c_str())
             .hinted(usage(*find_setting("targets")));
     }
     if (!o.val.empty() && o.val_split > 0) {
-        return bad_input("--val and --val-split exclude each other").hinted("give the held-out data as a file, or as a fraction");
+        return bad_input("--val and --val-split exclude each other")
+            .hinted("give the held-out data as a file, or as a fraction");
     }
     return {};
 }
 
 Error check_complete(const Options& o) {
     if (o.resume && o.overwrite) {
-        return bad_input("--resume and --overwrite exclude each other").hinted("--resume goes on with the run, --overwrite removes it");
+        return bad_input("--resume and --overwrite exclude each other")
+            .hinted("--resume goes on with the run, --overwrite removes it");
     }
     if (o.resume && o.output.empty() && o.inputs.empty()) {
-        return bad_input("--resume needs the run to go on with").hinted("give its directory with -o DIR, or its data with -i FILE");
+        return bad_input("--resume needs the run to go on with")
+            .hinted("give its directory with -o DIR, or its data with -i FILE");
     }
     if (!o.dump_data.empty() && !o.dry_run) {
         return bad_input("--dump-data needs --dry-run").hinted(usage(*find_setting("dump-data")));
     }
     bool random_model = o.model.rfind("shape:", 0) == 0;
     if (o.inputs.empty() && !o.resume && o.benchmark == 0 && !random_model) {
-        return bad_input("--input is missing: no training data").hinted("train_llama -i data.jsonl -r 16; train_llama --help lists every option");
+        return bad_input("--input is missing: no training data")
+            .hinted("train_llama -i data.jsonl -r 16; train_llama --help lists every option");
     }
     return {};
 }
@@ -445,7 +467,8 @@ Error unknown_option(const std::string& argument) {
     std::string name = argument.substr(0, argument.find('='));
     name.erase(0, std::min(name.find_first_not_of('-'), name.size()));
     if (name.size() < 2) {
-        return bad_input("unknown option %s", printable(argument).c_str()).hinted("train_llama --help lists every option");
+        return bad_input("unknown option %s", printable(argument).c_str())
+            .hinted("train_llama --help lists every option");
     }
     const Setting& s = nearest(name);
     return bad_input("unknown option %s", printable(argument).c_str())
@@ -494,7 +517,8 @@ Error options_parse(Options& o, bool* done, int argc, const char* const* argv) {
         std::string text = argv[i];  // careful: to CLI11 `--name= next` is `--name next`
         if (text.rfind("--", 0) == 0 && text.find('=') == text.size() - 1) {
             const Setting* s = find_setting(text.substr(2, text.size() - 3));
-            return s ? bad_input("%s needs a value (found an empty one)", text.substr(0, text.size() - 1).c_str()).hinted(usage(*s))
+            return s ? bad_input("%s needs a value (found an empty one)", text.substr(0, text.size() - 1).c_str())
+                           .hinted(usage(*s))
                      : unknown_option(text);
         }
     }
@@ -580,14 +604,18 @@ static Error read_run(Options& r, std::vector<std::string>& found, const Json& r
         const Setting* s = find_setting(run.keys[k]);
         if (!s) {
             return bad_input("%s: unknown option \"%s\"", file.c_str(), printable(run.keys[k]).c_str())
-                .hinted(std::string("the nearest is \"") + nearest(run.keys[k]).name + "\"; names are those of the command line, without dashes");
+                .hinted(std::string("the nearest is \"") + nearest(run.keys[k]).name +
+                        "\"; names are those of the command line, without dashes");
         }
         if (s->flags & NOT_SAVED) {
-            return bad_input("%s: \"%s\" is not taken from a file", file.c_str(), s->name).hinted(std::string("give --") + s->name + " on the command line");
+            return bad_input("%s: \"%s\" is not taken from a file", file.c_str(), s->name)
+                .hinted(std::string("give --") + s->name + " on the command line");
         }
         if (!set_value(r, *s, run.items[k])) {
             const Json& v = run.items[k];
-            return value_error(*s, file + ": " + s->name, v.type == Json::ARRAY || v.type == Json::OBJECT ? v.type_name() : printable(json_write(v)));
+            return value_error(
+                *s, file + ": " + s->name,
+                v.type == Json::ARRAY || v.type == Json::OBJECT ? v.type_name() : printable(json_write(v)));
         }
         found.push_back(s->name);
     }
@@ -610,8 +638,10 @@ Error options_take(Options& o, const Json& run, const std::string& path, bool re
         std::string before = json_write(value_of(r, s)), now = json_write(value_of(o, s));
         if (before != now && !brought_by_adapter) {
             bool moved = s.flags & PATH;
-            return bad_input("--resume: %s differs from the run's (found %s, the run has %s)", s.name, shown(o, s).c_str(), shown(r, s).c_str())
-                .hinted(moved ? "leave the option out; if the file has only moved, write its new place into " + printable(path, 1000)
+            return bad_input("--resume: %s differs from the run's (found %s, the run has %s)", s.name,
+                             shown(o, s).c_str(), shown(r, s).c_str())
+                .hinted(moved ? "leave the option out; if the file has only moved, write its new place into " +
+                                    printable(path, 1000)
                               : "leave the option out, or start another run with another -o");
         }
     }
@@ -619,8 +649,9 @@ Error options_take(Options& o, const Json& run, const std::string& path, bool re
     for (const std::string& name : found) {
         const Setting& s = *find_setting(name);
         // The command line wins over the file also where two options decide the same thing.
-        bool overruled = line.has(name) || (name == "val" && line.has("val-split")) ||
-                         (!resume && ((name == "val-split" && line.has("val")) || (name == "steps" && line.has("epochs"))));
+        bool overruled =
+            line.has(name) || (name == "val" && line.has("val-split")) ||
+            (!resume && ((name == "val-split" && line.has("val")) || (name == "steps" && line.has("epochs"))));
         if (overruled) {
             continue;
         }

@@ -57,7 +57,8 @@ static Error locked_by(const std::string& dir, const std::string& holder) {
 }
 
 static Error lock_error(const std::string& path, const char* doing, int number) {
-    return runtime_failure("%s: cannot %s: %s", shown(path).c_str(), doing, std::generic_category().message(number).c_str());
+    return runtime_failure("%s: cannot %s: %s", shown(path).c_str(), doing,
+                           std::generic_category().message(number).c_str());
 }
 
 Error run_lock(RunLock& lock, const std::string& dir) {
@@ -148,7 +149,9 @@ Error log_open(RunLog& log, const std::string& path, uint64_t keep_bytes) {
     }
     uint64_t keep = std::min(keep_bytes, log.file.written);
     if (keep < keep_bytes) {
-        fprintf(stderr, "warning: %s: shorter than when the checkpoint was written (found %llu bytes, need %llu): some records are lost\n",
+        fprintf(stderr,
+                "warning: %s: shorter than when the checkpoint was written (found %llu bytes, need %llu): some records "
+                "are lost\n",
                 shown(path).c_str(), (unsigned long long)log.file.written, (unsigned long long)keep_bytes);
         keep = whole_lines(path, keep);
     }
@@ -209,7 +212,8 @@ void log_close(RunLog& log) {
 
 static bool plain_name(const std::string& name) {
     return !name.empty() && name[0] != '.' && name.size() <= 255 &&
-           name.find_first_not_of("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-") == std::string::npos;
+           name.find_first_not_of("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-") ==
+               std::string::npos;
 }
 
 static Error write_one(Json& files, const std::string& dir, const CheckpointFile& file) {
@@ -276,7 +280,8 @@ static Error checkpoint_check(const std::string& path, int64_t step, bool hashes
                          hash && hash->type == Json::STRING ? printable(hash->string).c_str() : "nothing");
     }
     if (!version || version->type != Json::INT || version->integer != manifest_version || !number ||
-        number->type != Json::INT || number->integer != step || !files || files->type != Json::OBJECT || !files->find("state.json")) {
+        number->type != Json::INT || number->integer != step || !files || files->type != Json::OBJECT ||
+        !files->find("state.json")) {
         return bad_input("%s: not the manifest of step %lld", shown(where).c_str(), (long long)step);
     }
     for (size_t k = 0; k < files->keys.size(); k++) {
@@ -293,8 +298,8 @@ static Error checkpoint_check(const std::string& path, int64_t step, bool hashes
         uint64_t size = in.size;
         file_close(in);
         if (size != uint64_t(bytes->integer)) {
-            return bad_input("%s: wrong size (found %llu bytes, need %lld)", shown(file).c_str(), (unsigned long long)size,
-                             (long long)bytes->integer);
+            return bad_input("%s: wrong size (found %llu bytes, need %lld)", shown(file).c_str(),
+                             (unsigned long long)size, (long long)bytes->integer);
         }
         if (hashes) {
             if (Error e = sha256_file(hex, file)) {
@@ -393,13 +398,15 @@ static Error write_and_name(const std::string& tmp, const std::string& path, int
     bool newer = false;
     Error damaged = checkpoint_check(path, step, true, &newer);
     if (damaged && !path_rename(path, tmp)) {
-        return runtime_failure("%s: does not read back as it was written: %s", shown(path).c_str(), damaged.what.c_str())
+        return runtime_failure("%s: does not read back as it was written: %s", shown(path).c_str(),
+                               damaged.what.c_str())
             .hinted("the disk may be failing; earlier checkpoints are kept");
     }
     return damaged;
 }
 
-Error checkpoint_write(const std::string& run_dir, int64_t step, const std::vector<CheckpointFile>& files, int64_t keep) {
+Error checkpoint_write(const std::string& run_dir, int64_t step, const std::vector<CheckpointFile>& files,
+                       int64_t keep) {
     std::string checkpoints = path_join(run_dir, "checkpoints");
     std::string path = step_path(checkpoints, step), tmp = temporary(checkpoints, step);
     if (Error e = dir_create(checkpoints)) {
@@ -415,7 +422,8 @@ Error checkpoint_write(const std::string& run_dir, int64_t step, const std::vect
         }
         // A damaged one, and the run has come back to its step from an earlier one: it makes room, but stays.
         for (int k = 1;; k++) {
-            std::string aside = path_join(checkpoints, ".damaged-step_" + std::to_string(step) + "-" + std::to_string(k));
+            std::string aside =
+                path_join(checkpoints, ".damaged-step_" + std::to_string(step) + "-" + std::to_string(k));
             if (!path_exists(aside)) {
                 if (Error e = path_rename(path, aside)) {
                     return e;
@@ -446,7 +454,8 @@ static void remove_stale(const std::string& dir, bool pid_is_last) {
             continue;
         }
         size_t dash = name.rfind('-');
-        int64_t pid = pid_is_last ? number_after(name, name.substr(0, dash + 1)) : number_after(name.substr(0, dash), ".tmp-");
+        int64_t pid =
+            pid_is_last ? number_after(name, name.substr(0, dash + 1)) : number_after(name.substr(0, dash), ".tmp-");
         bool dead = pid > 0 && pid <= INT_MAX && (pid == getpid() || (kill(pid_t(pid), 0) != 0 && errno == ESRCH));
         if (dead) {
             if (Error e = path_remove(path_join(dir, name))) {
@@ -499,8 +508,8 @@ Error checkpoint_preflight(const std::string& run_dir, uint64_t bytes) {
     if (available >= needed) {
         return {};
     }
-    return runtime_failure("%s: too little disk space for checkpoints (found %.1f MB, need %.1f MB)", shown(run_dir).c_str(),
-                           double(available) / 1e6, double(needed) / 1e6)
+    return runtime_failure("%s: too little disk space for checkpoints (found %.1f MB, need %.1f MB)",
+                           shown(run_dir).c_str(), double(available) / 1e6, double(needed) / 1e6)
         .hinted("free some space on this disk, or give a directory on another one with -o");
 }
 
@@ -535,8 +544,8 @@ static std::string real_path(const std::string& path) {
 
 // What a run writes, in the order in which --overwrite removes it: run.json last, so that a directory whose removal was
 // cut short is still known as a run's.
-static const char* const run_files[] = {"adapter_model.safetensors", "adapter_config.json", "report.html", "rejected.jsonl",
-                                        "log.jsonl", "run.json"};
+static const char* const run_files[] = {
+    "adapter_model.safetensors", "adapter_config.json", "report.html", "rejected.jsonl", "log.jsonl", "run.json"};
 
 static bool is_temporary(const std::string& name) {
     return name.rfind(".tmp-", 0) == 0;
@@ -624,10 +633,13 @@ Error run_directory_prepare(const std::string& dir, const std::string& model_dir
     if (Error e = find_foreign(foreign, dir, names)) {
         return e;
     }
-    bool has_run = std::any_of(names.begin(), names.end(), [](const std::string& n) { return is_run_file(n) || n == "checkpoints"; });
+    bool has_run = std::any_of(names.begin(), names.end(),
+                               [](const std::string& n) { return is_run_file(n) || n == "checkpoints"; });
     if (!foreign.empty() && (overwrite || !has_run)) {
-        return bad_input("%s: holds something that no run wrote (found %s)", shown(dir).c_str(), printable(foreign).c_str())
-            .hinted(overwrite ? "--overwrite removes a run's own files alone: move the others away, or give another directory with -o"
+        return bad_input("%s: holds something that no run wrote (found %s)", shown(dir).c_str(),
+                         printable(foreign).c_str())
+            .hinted(overwrite ? "--overwrite removes a run's own files alone: move the others away, or give another "
+                                "directory with -o"
                               : "give an empty or new directory with -o");
     }
     if (overwrite) {

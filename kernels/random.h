@@ -55,8 +55,8 @@ inline double random_uniform(uint64_t seed, uint32_t stream, uint64_t substream,
 }
 
 // 0 .. n - 1, n > 0: the upper half of the 128-bit product bits * n. Each value gets floor or ceil of 2^64 / n of the
-// 2^64 draws, so no probability is off by more than n / 2^64 of itself: for n below 2^32, less than one in four billion,
-// which no number of draws in a training run can show. Rejection would make the count of draws depend on their values.
+// 2^64 draws, so no probability is off by more than n / 2^64 of itself: below 2^32, less than one in four billion. No
+// training run draws enough to show that. Rejection would make the count of draws depend on their values.
 inline uint64_t random_below(uint64_t seed, uint32_t stream, uint64_t substream, uint64_t index, uint64_t n) {
     uint64_t bits = random_bits(seed, stream, substream, index);
     uint64_t low = (bits & 0xffffffff) * (n & 0xffffffff), cross = (bits >> 32) * (n & 0xffffffff) + (low >> 32);

@@ -30,7 +30,8 @@ def model_config(dtype, tie, **more):
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 128,
               "intermediate_size": 320, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
               "vocab_size": 320, "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "hidden_act": "silu",
-              "rope_theta": 500000.0, "tie_word_embeddings": tie, "bos_token_id": 1, "eos_token_id": 2, "dtype": dtype}
+              "rope_theta": 500000.0, "tie_word_embeddings": tie, "bos_token_id": 256, "eos_token_id": 257,
+              "dtype": dtype}
     return dict(config, **more)
 
 
@@ -151,6 +152,7 @@ def check_case(tally, name, case, args, folder):
         peers.write_nf4_model(model, os.path.join(folder, "source"), spec["stored"] == "nf4")
     else:
         peers.write_model(model, spec["config"], peers.DTYPES[spec["dtype"]], 31)
+    peers.write_tokenizer(model)
     peers.write_adapter(adapter, model, 32, case["b_scale"], **case["lora"])
     documents = write_data(data, spec["config"]["vocab_size"])
 

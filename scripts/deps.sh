@@ -12,7 +12,8 @@ elif command -v dnf >/dev/null; then
 else
     say "neither apt nor dnf here. Install with your package manager, or with conda:"
     say "  conda install -c conda-forge gxx make nlohmann_json pcre2 cli11 openssl"
-    say "  make train_llama CPPFLAGS=-I\$CONDA_PREFIX/include LDFLAGS=\"-L\$CONDA_PREFIX/lib -Wl,-rpath,\$CONDA_PREFIX/lib\""
+    say "  make train_llama CPPFLAGS=-I\$CONDA_PREFIX/include" \
+        "LDFLAGS=\"-L\$CONDA_PREFIX/lib -Wl,-rpath,\$CONDA_PREFIX/lib\""
     exit 1
 fi
 
@@ -38,7 +39,8 @@ fi
 
 say "installing: ${wanted[*]}"
 if command -v apt-get >/dev/null; then
-    install=("${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -y -q install --no-install-recommends "${wanted[@]}")
+    install=("${root[@]}" env DEBIAN_FRONTEND=noninteractive
+        apt-get -y -q install --no-install-recommends "${wanted[@]}")
     # A list of packages that is missing or out of date shows as a failed install: refresh it once, then try again.
     "${install[@]}" >/dev/null 2>&1 || { "${root[@]}" apt-get -q update && "${install[@]}"; }
 else

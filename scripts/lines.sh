@@ -5,7 +5,7 @@ cd "$(dirname "$0")/.." || exit 1
 breaches=0
 breach() { echo "breach: $*"; breaches=$((breaches + 1)); }
 
-mapfile -t code < <(find . -path ./build -prune -o -path ./.git -prune -o -path ./dev/ref -prune -o -path ./runs -prune -o \
+mapfile -t code < <(find . \( -path ./build -o -path ./.git -o -path ./dev/ref -o -path ./runs \) -prune -o \
     -type f \( -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.inc' -o -name '*.sh' -o -name '*.py' \
     -o -name Makefile -o -path ./.ci/run \) -print | sed 's|^\./||' | sort)
 wc -l "${code[@]}"
@@ -25,7 +25,8 @@ while read -r line; do
 done < <(printf '%s\0' "${code[@]}" | grep -zE '\.(cpp|cu|cuh|h|inc)$' | xargs -0 awk 'FNR == 1 { open = 0 }
     !open && /^[A-Za-z_].*\(.*\{$/ || !open && /^    +.*\).*\{$/ && wrapped { open = FNR; name = $0 }
     { wrapped = !open && /^[A-Za-z_].*\([^{;]*$/ || wrapped && /^ [^{;]*$/ }
-    open && /^}/ { if (FNR - open + 1 > 120) { print FILENAME ":" open ": function of " FNR - open + 1 " lines (at most 120): " name }
+    open && /^}/ { n = FNR - open + 1
+                   if (n > 120) { print FILENAME ":" open ": function of " n " lines (at most 120): " name }
                    open = 0 }')
 
 if [ -f llama.h ] && grep -nE '^[[:space:]]*#[[:space:]]*(if|ifdef|ifndef|elif|else)' llama.h; then

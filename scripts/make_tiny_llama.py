@@ -3,9 +3,9 @@
     python scripts/make_tiny_llama.py --out DIR [--data DIR] [--seed S]   train, write, probe
     python scripts/make_tiny_llama.py --out DIR --probe                   probe a model that is there
 
-Needs torch, transformers, safetensors and tokenizers; one CPU thread, about a quarter of an hour. The model has the
-LLaMA-3 architecture and two million parameters. It is trained on statements of facts about countries
-(tiny_llama_corpus.py), so that it knows the facts and not the question form, which fine-tuning on data.jsonl teaches.
+Needs torch, transformers, safetensors and tokenizers; under ten minutes on one free core. The model has the LLaMA-3
+architecture and two million parameters. It is trained on statements of facts about countries (tiny_llama_corpus.py),
+so that it knows the facts and not the question form, which fine-tuning on data.jsonl teaches.
 
 The probe asks for every capital as the end of a statement and demands 95 % right. A base that fails it has not learned
 its facts, whatever its loss: they come late in the training, and all at once.

@@ -21,6 +21,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 import numpy as np
 import peft
 import safetensors
+import tokenizers
 import torch
 import torch.utils._python_dispatch
 import transformers
@@ -58,7 +59,7 @@ class Tally:
 def print_versions():
     print("python", sys.version.split()[0], "torch", torch.__version__, "transformers", transformers.__version__,
           "peft", peft.__version__, "bitsandbytes", bnb.__version__, "safetensors", safetensors.__version__,
-          "numpy", np.__version__, flush=True)
+          "tokenizers", tokenizers.__version__, "numpy", np.__version__, flush=True)
 
 
 def require_file(tally, path, what):
@@ -161,6 +162,25 @@ def write_nf4_model(path, source, double_quant=True):
     model = LlamaForCausalLM.from_pretrained(source, quantization_config=config, device_map="cpu", dtype=dtype)
     model.config._name_or_path = ""
     model.save_pretrained(path)
+
+
+LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+                r"\s*[\r\n]+|\s+(?!\S)|\s+")
+
+
+def write_tokenizer(path):
+    """The smallest tokenizer of the Llama-3 kind: 256 bytes, no merges, BOS 256 and EOS 257. Our program wants one in
+    every model directory, though pre-tokenised data never meets it."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
+        tokenizers.pre_tokenizers.Split(tokenizers.Regex(LLAMA3_SPLIT), "isolated"),
+        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    bos, eos = "<|begin_of_text|>", "<|end_of_text|>"
+    tokenizer.add_special_tokens([bos, eos])
+    tokenizer.save(os.path.join(path, "tokenizer.json"))
+    write_json(os.path.join(path, "tokenizer_config.json"), {"bos_token": bos, "eos_token": eos})
 
 
 def dequantise_nf4(name, tensors):

@@ -18,11 +18,11 @@ need() {  # what, apt, dnf, conda
 }
 
 # builds 'source' [flags]: compiles and links the lines with the user's flags, without optimisation (it is quicker)
-# shellcheck disable=SC2086
+# (eval, because a make recipe's shell takes the quotes in the flags away too)
 builds() {
     printf '%s\n' "$1" >"$work/probe.cpp"
-    $CXX -std=c++17 $CONFIG_FLAGS $CPPFLAGS $CXXFLAGS -O0 "$work/probe.cpp" $LDFLAGS ${2:-} \
-        -o "$work/probe" >"$work/log" 2>&1
+    eval "$CXX -std=c++17 $CONFIG_FLAGS $CPPFLAGS $CXXFLAGS -O0 '$work/probe.cpp' $LDFLAGS ${2:-} -o '$work/probe'" \
+        >"$work/log" 2>&1
 }
 
 echo "probing for config=${config:=release} (once for these settings)"
@@ -113,8 +113,8 @@ else
         gpu_code="$gpu_code -gencode arch=compute_$a,code=sm_$a"
     done
     echo 'int main() { return 0; }' >"$work/probe.cu"
-    # shellcheck disable=SC2086
-    if $NVCC -ccbin "${CXX%% *}" -std=c++17 $gpu_code $NVCCFLAGS "$work/probe.cu" -o "$work/probe" >"$work/log" 2>&1; then
+    if eval "$NVCC -ccbin ${CXX%% *} -std=c++17 $gpu_code $NVCCFLAGS '$work/probe.cu' -o '$work/probe'" \
+        >"$work/log" 2>&1; then
         ok "CUDA: $NVCC $($NVCC --version | sed -n 's/.*release \([0-9.]*\).*/\1/p'), sm_${archs// / sm_} ($why)"
     else
         no "CUDA: $NVCC cannot build with ${CXX%% *} for: $archs"

@@ -81,7 +81,7 @@ void dataset_split(Dataset& train, Dataset& val, const std::vector<size_t>& held
 void dataset_count(Dataset& data);
 // "" or a warning: how many examples of val are also in train, token for token.
 std::string dataset_overlap(const Dataset& train, const Dataset& val);
-// The report as lines for the console (no trailing newline in each).
+// The report as lines for the console (no trailing newline in each), without the warnings: the caller shows those.
 std::vector<std::string> dataset_report(const Dataset& data);
 // One example as text with its targets marked: ANSI colour when colour, [brackets] around targets otherwise.
 std::string dataset_show(const Dataset& data, const Tokenizer& t, size_t i, bool colour);

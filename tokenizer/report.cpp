@@ -175,9 +175,6 @@ std::vector<std::string> dataset_report(const Dataset& data) {
     for (const std::string& note : data.notes) {
         add("note", note);
     }
-    for (const std::string& warning : data.warnings) {
-        add("warning", warning);
-    }
     return lines;
 }
 

@@ -21,8 +21,8 @@ static uint64_t fingerprint(const float* x, size_t n) {
     return hash;
 }
 
-// p = hashed(i, 1, 0.5), m = v = 0, then `steps` steps with g = hashed(i, 9 + step, 0.02). The values are those of torch
-// 2.15.0 (CPU, AVX-512), torch.optim.AdamW(foreach=False, fused=False), g times float32(grad_scale) beforehand:
+// p = hashed(i, 1, 0.5), m = v = 0, then `steps` steps with g = hashed(i, 9 + step, 0.02). The values are those of
+// torch 2.15.0 (CPU, AVX-512), torch.optim.AdamW(foreach=False, fused=False), g times float32(grad_scale) beforehand:
 // p8, m8, v8 the first 8 elements; m_hash, v_hash over 5,000. p_hash is over the same torch operations with numpy's
 // square root, because torch takes it from a vector library that rounds one in six wrongly.
 struct TorchRun {
@@ -122,8 +122,8 @@ static void adamw_formula() {
     double p = 2, m = 0.5, v = 0.25, g = -3;
     adamw_update(dev, &p, &m, &v, &g, 1, AdamW{0.01, 0.8, 0.9, 1e-3, 0.2, 3, 0.5});
     const double grad = -1.5, mean = 0.8 * 0.5 + 0.2 * grad, square = 0.9 * 0.25 + 0.1 * grad * grad;
-    const double want = 2 * (1 - 0.01 * 0.2) -
-                        0.01 / (1 - 0.8 * 0.8 * 0.8) * mean / (std::sqrt(square) / std::sqrt(1 - 0.9 * 0.9 * 0.9) + 1e-3);
+    const double want = 2 * (1 - 0.01 * 0.2) - 0.01 / (1 - 0.8 * 0.8 * 0.8) * mean /
+                                                   (std::sqrt(square) / std::sqrt(1 - 0.9 * 0.9 * 0.9) + 1e-3);
     CHECK_ERROR("m", std::fabs(m - mean), 1e-15);
     CHECK_ERROR("v", std::fabs(v - square), 1e-15);
     CHECK_ERROR("p", std::fabs(p - want), 1e-15);
@@ -174,7 +174,8 @@ static void sum_squares_exact() {
         CHECK_ERROR("mean square", std::fabs(sum_squares(dev, x.data(), n) / double(n) - 1.0 / 3),
                     5 * std::sqrt(4.0 / 45 / double(n)));  // 5 standard deviations of uniform numbers
         x[3] = 3e30f;
-        CHECK_ERROR("beyond float", std::fabs(sum_squares(dev, x.data(), n) / (double(3e30f) * double(3e30f)) - 1), 1e-15);
+        CHECK_ERROR("beyond float", std::fabs(sum_squares(dev, x.data(), n) / (double(3e30f) * double(3e30f)) - 1),
+                    1e-15);
         x[3] = std::numeric_limits<float>::quiet_NaN();
         CHECK(std::isnan(sum_squares(dev, x.data(), n)), "NaN is lost");
     });

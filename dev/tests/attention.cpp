@@ -212,7 +212,8 @@ static void attention_packed() {
             const size_t first = size_t(s.at[size_t(d)]), n = size_t(s.at[size_t(d) + 1]) - first;
             const Shape alone_shape = {shape.NH, shape.NKV, shape.HS, {int(n)}};
             const std::vector<float> own(qkv.begin() + long(first * QKV), qkv.begin() + long((first + n) * QKV));
-            const std::vector<float> own_dout(dout.begin() + long(first * wide), dout.begin() + long((first + n) * wide));
+            const std::vector<float> own_dout(dout.begin() + long(first * wide),
+                                              dout.begin() + long((first + n) * wide));
             const Result<float> alone = device_attention(dev, alone_shape, own, own_dout);
             bool lse = true;
             for (size_t h = 0; h < size_t(shape.NH); h++) {

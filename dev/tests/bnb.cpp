@@ -1,19 +1,19 @@
 // bitsandbytes' serialised NF4 matrices, from small files made here in its form.
-#include "io/bnb.h"
+#include "llama_bnb.h"
 
 #include <cmath>
 #include <cstring>
 
 #include "dev/tests/test.h"
+#include "kernels/cpu/nf4.h"
 
 // SHA-256 of the bytes that bitsandbytes 0.50 makes (create_dynamic_map, get_4bit_type("nf4")) on x86-64 with AVX2.
 static void bnb_tables() {
-    float map[256], nf4[16];
-    bnb_dynamic_map(map);
-    bnb_nf4_codes(nf4);
+    float map[256];
+    nf4_map8(map);
     std::string hash = sha256_hex(map, sizeof map);
     CHECK(hash == "e732639a65f497b4ad684bb166a4467708255edd5207757de8b8f0c7e1fda89c", "%s", hash.c_str());
-    hash = sha256_hex(nf4, sizeof nf4);
+    hash = sha256_hex(NF4_CODE, sizeof NF4_CODE);
     CHECK(hash == "8501941daa1b8a90ad1bbfeb632e5101b5dddbc4bb52d6e55abcfd777e60c06a", "%s", hash.c_str());
 }
 
@@ -30,8 +30,8 @@ struct Made {
 
 static Made plain() {
     Made m;
-    bnb_nf4_codes(m.quant_map.data());
-    bnb_dynamic_map(m.nested_map.data());
+    m.quant_map.assign(NF4_CODE, NF4_CODE + 16);
+    nf4_map8(m.nested_map.data());
     return m;
 }
 

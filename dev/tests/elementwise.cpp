@@ -131,8 +131,8 @@ static void rmsnorm_formula() {
                 dx[i] += before[i];
                 dxf[i] += float(before[i]);
             }
-            const auto check = [&](auto& dev, const std::string& name, const auto& in, const auto& din, const auto& weight,
-                                   double rstd_bound, double out_bound, double dx_bound) {
+            const auto check = [&](auto& dev, const std::string& name, const auto& in, const auto& din,
+                                   const auto& weight, double rstd_bound, double out_bound, double dx_bound) {
                 using X = typename std::decay<decltype(in[0])>::type;
                 Guarded<X> r(N), out(n), d(n);
                 for (size_t i = 0; i < n; i++) {
@@ -370,7 +370,8 @@ static void silu_ends() {
         const float g[] = {0, -0.0f, -200, -89.5f, 200, 89.5f, std::nanf("")}, u[] = {2, 2, 2, 2, 2, 2, 2};
         float y[7];
         dev.isa->rows.silu_mul(y, g, u, 7);
-        CHECK(y[0] == 0 && y[1] == 0 && y[2] == 0, "%s: %g %g %g", dev.isa->name, double(y[0]), double(y[1]), double(y[2]));
+        CHECK(y[0] == 0 && y[1] == 0 && y[2] == 0, "%s: %g %g %g", dev.isa->name, double(y[0]), double(y[1]),
+              double(y[2]));
         CHECK_ERROR("-89.5", std::fabs(double(y[3])), 1e-36);  // the true value is -2.5e-37
         CHECK(y[4] == 400 && y[5] == 179, "%s: %g %g", dev.isa->name, double(y[4]), double(y[5]));
         CHECK(std::isnan(y[6]), "%s: NaN is lost", dev.isa->name);

@@ -7,6 +7,7 @@
 
 #include "dev/tests/test.h"
 #include "kernels/cpu/linear.h"
+#include "kernels/random.h"
 
 namespace {
 
@@ -85,15 +86,17 @@ const std::vector<Shape>& shapes() {
         {"qkv", 33, 96, RMSNORM, {{96, 8, Store::NF4, true}, {32, 3, Store::NF4, true}, {32, 0, Store::BF16, false}},
          0, NONE, 5},
         {"qkv dropout", 37, 70, RMSNORM,
-         {{50, 4, Store::NF4, false}, {22, 0, Store::NF4, true}, {22, 7, Store::F16, false}}, 0.25f, NONE, 3},
+         {{50, 4, Store::NF4, false}, {22, 0, Store::NF4, true}, {22, 7, Store::F16, false}}, 0.25f, OTHER, 3},
         {"odd C", 13, 51, PLAIN, {{37, 5, Store::NF4, true}}, 0, SAME, 1},
         {"one channel", 5, 1, PLAIN, {{1, 1, Store::NF4, false}}, 0, OTHER, 0},
         {"no adapter", 9, 40, SWIGLU, {{19, 0, Store::BF16, false}}, 0, SAME, 0},
         {"down", 35, 600, SWIGLU, {{67, 16, Store::NF4, true}}, 0, SAME, 0},
         {"down dropout", 7, 130, SWIGLU, {{65, 2, Store::F32, false}}, 0.5f, OTHER, 2},
-        {"gate up", 200, 80, RMSNORM, {{130, 6, Store::BF16, false}, {130, 9, Store::NF4, true}}, 0.1f, NONE, 0},
+        {"gate up", 200, 80, RMSNORM, {{130, 6, Store::BF16, false}, {130, 9, Store::NF4, true}}, 0.1f, SAME, 0},
         {"long rank", 18, 576, PLAIN, {{48, 256, Store::NF4, true}}, 0, NONE, 0},
         {"many outputs", 6, 66, RMSNORM, {{1100, 2, Store::NF4, true}}, 0, NONE, 0},
+        {"bands", 530, 300, RMSNORM, {{70, 20, Store::NF4, true}}, 0, NONE, 0},
+        {"bands dropout", 530, 300, PLAIN, {{70, 20, Store::BF16, false}}, 0.1f, OTHER, 4},
         {"many rows", 1037, 33, PLAIN, {{34, 3, Store::F16, false}}, 0.3f, SAME, 0},
     };
     return list;
@@ -344,6 +347,7 @@ template <class T>
 Reference<T> reference(const Problem& p) {
     Reference<T> r;
     const size_t N = p.shape.N, C = size_t(p.shape.C), stride = p.out_stride(), R = size_t(p.R);
+    const Cpu<T> mask_device = open_device<T>(1);
     r.x.resize(N * C);
     for (size_t i = 0; i < N; i++) {
         for (size_t c = 0; c < C; c++) {
@@ -371,9 +375,9 @@ Reference<T> reference(const Problem& p) {
         std::vector<T> sumA(dA.size(), T(0)), sumB(dB.size(), T(0));
         for (size_t i = 0; i < N; i++) {
             if (p.shape.dropout > 0) {
-                dropout_run(&mask[i * C], p.drop, uint32_t(11 + k), i, 0, C);
+                dropout_run(mask_device, &mask[i * C], p.drop, uint32_t(11 + k), i, 0, C);
             }
-            T* xa = &r.xa[i * R];
+            T* xa = r.xa.data() + i * R;
             for (size_t j = 0; j < n; j++) {
                 for (size_t c = 0; c < C; c++) {
                     xa[rank + j] += r.x[i * C + c] * mask[i * C + c] * T(d.A[j * C + c]);
@@ -711,10 +715,11 @@ void linear_dropout_mask() {
     drop.step = 9;
     drop.example = example.data();
     drop.position = position.data();
+    const Cpu<double> dev = open_device<double>(1);
     auto mask = [&](uint32_t module) {
         std::vector<double> m(N * C, 1.0);
         for (size_t i = 0; i < N; i++) {
-            dropout_run(&m[i * C], drop, module, i, 0, C);
+            dropout_run(dev, &m[i * C], drop, module, i, 0, C);
         }
         return m;
     };
@@ -729,16 +734,37 @@ void linear_dropout_mask() {
     // 64000 draws with p = 0.3: standard deviation 0.0018; 6 of them
     CHECK_ERROR("fraction kept", std::fabs(double(kept) / double(N * C) - 0.7), 0.011);
 
+    // the documented rule
+    uint32_t counter[4] = {example[17], uint32_t(position[17]), 3, 0}, word[4];
+    uint64_t mixed = drop.seed * 0x9e3779b97f4a7c15u + drop.step;
+    mixed = (mixed ^ (mixed >> 32)) * 0xd6e8feb86659fd93u;
+    const uint32_t key[2] = {uint32_t(mixed), uint32_t(mixed >> 32)};
+    for (const char* tier : {"ref", "avx2", "avx512"}) {
+        Cpu<double> other = open_device<double>(1, tier);
+        if (!other.isa) {
+            continue;
+        }
+        std::vector<double> row(C, 1.0);
+        dropout_run(other, &row[0], drop, 3, 17, 0, C);
+        bool same = std::equal(row.begin(), row.end(), m.begin() + 17 * C);
+        for (size_t c = 0; c < C; c++) {
+            counter[3] = uint32_t(c / 4);
+            philox4x32(word, counter, key);
+            same = same && (row[c] != 0) == (word[c % 4] >= 0.3f * 4294967296.0);
+        }
+        CHECK(same, "%s: the mask is not philox4x32 of {example, position, module, c / 4}", tier);
+    }
+
     std::vector<double> parts(C, 1.0);
-    dropout_run(&parts[0], drop, 3, 17, 0, 512);
-    dropout_run(&parts[512], drop, 3, 17, 512, C - 512);
+    dropout_run(dev, &parts[0], drop, 3, 17, 0, 512);
+    dropout_run(dev, &parts[512], drop, 3, 17, 512, C - 512);
     CHECK(std::equal(parts.begin(), parts.end(), m.begin() + 17 * C), "a row in two runs has another mask");
 
     Dropout shifted = drop;
     shifted.example += 17;
     shifted.position += 17;
     std::vector<double> row(C, 1.0);
-    dropout_run(&row[0], shifted, 3, 0, 0, C);
+    dropout_run(dev, &row[0], shifted, 3, 0, 0, C);
     CHECK(std::equal(row.begin(), row.end(), m.begin() + 17 * C), "the mask depends on the row's place in the pass");
 
     auto agreement = [&](const std::vector<double>& other) {

@@ -31,24 +31,33 @@ static void options_defaults() {
     Error e = parse(o, {"-i", "d.jsonl"});
     CHECK(!e, "%s", e.what.c_str());
     CHECK(o.rank == 16 && o.alpha == 32 && o.dropout == 0 && !o.rslora && o.targets == "all", "adapter defaults");
-    CHECK(o.batch == 16 && o.epochs == 3 && o.steps == 0 && o.lr < 0 && o.schedule == "linear" && o.warmup < 0, "training defaults");
-    CHECK(o.weight_decay == 0 && o.beta1 == 0.9 && o.beta2 == 0.999 && o.eps == 1e-8 && o.clip == 1.0, "AdamW defaults");
+    CHECK(o.batch == 16 && o.epochs == 3 && o.steps == 0 && o.lr < 0 && o.schedule == "linear" && o.warmup < 0,
+          "training defaults");
+    CHECK(o.weight_decay == 0 && o.beta1 == 0.9 && o.beta2 == 0.999 && o.eps == 1e-8 && o.clip == 1.0,
+          "AdamW defaults");
     CHECK(o.quant == "nf4" && o.double_quant && o.seed == 1337 && o.keep == 2 && o.max_line == 256, "other defaults");
-    CHECK(o.shuffle && o.pack && o.chat_template == "auto" && o.device == "auto" && o.math == "auto", "execution defaults");
+    CHECK(o.shuffle && o.pack && o.chat_template == "auto" && o.device == "auto" && o.math == "auto",
+          "execution defaults");
     CHECK(o.given == std::vector<std::string>{"input"}, "given has %zu names", o.given.size());
 }
 
 static void options_spellings() {
     Options o;
-    Error e = parse(o, split("-i a.jsonl --input=b.jsonl -r8 --alpha=0.5 --no-double-quant --rslora -b 3 -t 64 -n 7 --lr 0 --eps 1e-6 "
-                             "--no-shuffle --no-pack -q --val none --seed 18446744073709551615 --targets q_proj,mlp --epochs .5 "
-                             "--keep 3 --math fp32 --threads 2 --warmup 0 --clip 0 --schedule cosine --adapter-dtype bf16"));
+    Error e = parse(
+        o,
+        split("-i a.jsonl --input=b.jsonl -r8 --alpha=0.5 --no-double-quant --rslora -b 3 -t 64 -n 7 --lr 0 --eps 1e-6 "
+              "--no-shuffle --no-pack -q --val none --seed 18446744073709551615 --targets q_proj,mlp --epochs .5 "
+              "--keep 3 --math fp32 --threads 2 --warmup 0 --clip 0 --schedule cosine --adapter-dtype bf16"));
     CHECK(!e, "%s", e.what.c_str());
     CHECK(o.inputs == (std::vector<std::string>{"a.jsonl", "b.jsonl"}), "%zu inputs", o.inputs.size());
-    CHECK(o.rank == 8 && o.alpha == 0.5 && !o.double_quant && o.rslora && o.batch == 3 && o.max_tokens == 64, "first part");
-    CHECK(o.steps == 7 && o.lr == 0 && o.eps == 1e-6 && !o.shuffle && !o.pack && o.quiet && o.val == "none", "second part");
-    CHECK(o.seed == UINT64_MAX && o.targets == "q_proj,mlp" && o.epochs == 0.5 && o.keep == 3 && o.math == "fp32", "third part");
-    CHECK(o.threads == 2 && o.warmup == 0 && o.clip == 0 && o.schedule == "cosine" && o.adapter_dtype == "bf16", "fourth part");
+    CHECK(o.rank == 8 && o.alpha == 0.5 && !o.double_quant && o.rslora && o.batch == 3 && o.max_tokens == 64,
+          "first part");
+    CHECK(o.steps == 7 && o.lr == 0 && o.eps == 1e-6 && !o.shuffle && !o.pack && o.quiet && o.val == "none",
+          "second part");
+    CHECK(o.seed == UINT64_MAX && o.targets == "q_proj,mlp" && o.epochs == 0.5 && o.keep == 3 && o.math == "fp32",
+          "third part");
+    CHECK(o.threads == 2 && o.warmup == 0 && o.clip == 0 && o.schedule == "cosine" && o.adapter_dtype == "bf16",
+          "fourth part");
     CHECK(o.has("rank") && o.has("no-shuffle") && !o.has("dropout"), "given");
     CHECK(!parse(o, split("--resume -o runs/x")) && o.resume, "resume with an output");
     CHECK(!parse(o, split("-m shape:125m --dry-run")) && o.dry_run, "random model without data");
@@ -169,10 +178,14 @@ static void options_locale() {
 static void options_round_trip() {
     const char* const lines[] = {
         "-i a.jsonl",
-        "-i a.jsonl -i b.jsonl -m dir -r 4 --alpha 0.1 --dropout 0.05 --rslora --targets q_proj,v_proj --adapter-dtype bf16 --quant none "
-        "--no-double-quant -b 3 -e 0.7 -n 11 --lr 3.3e-4 --schedule cosine --warmup 0 --weight-decay 0.01 --beta1 0.8 --beta2 0.99 "
-        "--eps 1e-6 --clip 0 --no-shuffle --no-pack --seed 18446744073709551615 --device cpu --threads 2 --math fp32 --recompute full "
-        "--pass-tokens 99 --eval-every 3 --save-every 4 --keep 5 --val none --template plain --format text --parse-special --skip-bad "
+        "-i a.jsonl -i b.jsonl -m dir -r 4 --alpha 0.1 --dropout 0.05 --rslora --targets q_proj,v_proj --adapter-dtype "
+        "bf16 --quant none "
+        "--no-double-quant -b 3 -e 0.7 -n 11 --lr 3.3e-4 --schedule cosine --warmup 0 --weight-decay 0.01 --beta1 0.8 "
+        "--beta2 0.99 "
+        "--eps 1e-6 --clip 0 --no-shuffle --no-pack --seed 18446744073709551615 --device cpu --threads 2 --math fp32 "
+        "--recompute full "
+        "--pass-tokens 99 --eval-every 3 --save-every 4 --keep 5 --val none --template plain --format text "
+        "--parse-special --skip-bad "
         "--bad-utf8 replace --max-line 3 -t 77 -q -o out --overwrite --dry-run",
         "-i a.jsonl --val-split 0.25 --init-adapter adapters/x",
         "-i a.jsonl --init-adapter adapters/x -r 8",
@@ -188,7 +201,8 @@ static void options_round_trip() {
         CHECK(!json_parse(read, text.data(), text.size(), "run.json"), "%s", text.c_str());
         e = options_take(again, read, "run.json", false);
         CHECK(!e, "%s: %s", line, e.what.c_str());
-        CHECK(json_write(options_to_json(again)) == json_write(run), "%s: comes back as %s", line, json_write(options_to_json(again)).c_str());
+        CHECK(json_write(options_to_json(again)) == json_write(run), "%s: comes back as %s", line,
+              json_write(options_to_json(again)).c_str());
         for (const char* key : {"output", "resume", "overwrite", "dry-run", "config", "dump-data", "benchmark"}) {
             CHECK(!run.find(key), "%s: run.json has %s", line, key);
         }
@@ -197,9 +211,11 @@ static void options_round_trip() {
     Options o;
     CHECK(!parse(o, split("-i a.jsonl --init-adapter x --alpha 8")), "an adapter");
     Json run = options_to_json(o);
-    CHECK(!run.find("rank") && !run.find("targets") && run.find("alpha"), "what the adapter brings: %s", json_write(run).c_str());
+    CHECK(!run.find("rank") && !run.find("targets") && run.find("alpha"), "what the adapter brings: %s",
+          json_write(run).c_str());
     CHECK(run.find("input")->items[0].string[0] == '/', "paths are absolute: %s", json_write(run).c_str());
-    CHECK(run.find("lr") == nullptr && run.find("device")->string == "auto", "auto stays auto: %s", json_write(run).c_str());
+    CHECK(run.find("lr") == nullptr && run.find("device")->string == "auto", "auto stays auto: %s",
+          json_write(run).c_str());
 }
 
 static Error take(Options& o, const std::string& line, const std::string& text, bool resume) {
@@ -213,26 +229,39 @@ static Error take(Options& o, const std::string& line, const std::string& text, 
 
 static void options_config() {
     std::string path = path_join(test_directory(), "c.json");
-    CHECK(!file_replace(path, "{\"input\":[\"/d/a.jsonl\"],\"rank\":4,\"lr\":0.5,\"steps\":9,\"val-split\":0.5,\"no-shuffle\":true,\"rslora\":false}"), "write");
+    CHECK(!file_replace(
+              path,
+              "{\"input\":[\"/d/"
+              "a.jsonl\"],\"rank\":4,\"lr\":0.5,\"steps\":9,\"val-split\":0.5,\"no-shuffle\":true,\"rslora\":false}"),
+          "write");
     Options o;
     Error e = parse(o, {"--config", path, "-r", "8"});
     CHECK(!e, "%s", e.what.c_str());
-    CHECK(o.rank == 8 && o.lr == 0.5 && o.steps == 9 && o.val_split == 0.5 && !o.shuffle && o.inputs.size() == 1, "values");
+    CHECK(o.rank == 8 && o.lr == 0.5 && o.steps == 9 && o.val_split == 0.5 && !o.shuffle && o.inputs.size() == 1,
+          "values");
     CHECK(o.has("lr") && o.has("rank") && o.has("no-shuffle"), "given");
     e = parse(o, {"--config", path, "-e", "2", "--val", "v.jsonl"});
-    CHECK(!e && o.steps == 0 && o.epochs == 2 && o.val_split == 0 && o.val == "v.jsonl", "the command line wins: %s", e.what.c_str());
+    CHECK(!e && o.steps == 0 && o.epochs == 2 && o.val_split == 0 && o.val == "v.jsonl", "the command line wins: %s",
+          e.what.c_str());
     CHECK(text_has(parse(o, {"--config", path, "--config", path}).what, "--config is given more than once"), "twice");
 
     const char* const bad[][2] = {
-        {"{\"rnak\":4}", "run.json: unknown option \"rnak\""},  {"{\"output\":\"x\"}", "\"output\" is not taken from a file"},
+        {"{\"rnak\":4}", "run.json: unknown option \"rnak\""},
+        {"{\"output\":\"x\"}", "\"output\" is not taken from a file"},
         {"{\"rank\":\"4\"}", "run.json: rank must be an integer from 1 to 16384 (found \"4\")"},
-        {"{\"rank\":4.0}", "run.json: rank must be an integer"}, {"{\"rank\":0}", "(found 0)"},
-        {"{\"rank\":null}", "(found null)"},                     {"{\"rank\":[4]}", "(found an array)"},
-        {"{\"rslora\":1}", "rslora must be true or false"},      {"{\"input\":\"x\"}", "run.json: input must be"},
-        {"{\"input\":[]}", "run.json: input must be"},           {"{\"lr\":1e9}", "from 0 to 10"},
+        {"{\"rank\":4.0}", "run.json: rank must be an integer"},
+        {"{\"rank\":0}", "(found 0)"},
+        {"{\"rank\":null}", "(found null)"},
+        {"{\"rank\":[4]}", "(found an array)"},
+        {"{\"rslora\":1}", "rslora must be true or false"},
+        {"{\"input\":\"x\"}", "run.json: input must be"},
+        {"{\"input\":[]}", "run.json: input must be"},
+        {"{\"lr\":1e9}", "from 0 to 10"},
         {"{\"targets\":\"x\"}", "run.json: --targets: no such module"},
-        {"{\"schedule\":\"\"}", "schedule must be one of"},      {"[1]", "run.json: need an object of options (found an array)"},
-        {"{\"seed\":-1}", "seed must be"},                       {"{\"val\":\"x\",\"val-split\":0.5}", "exclude each other"},
+        {"{\"schedule\":\"\"}", "schedule must be one of"},
+        {"[1]", "run.json: need an object of options (found an array)"},
+        {"{\"seed\":-1}", "seed must be"},
+        {"{\"val\":\"x\",\"val-split\":0.5}", "exclude each other"},
     };
     for (const auto& row : bad) {
         e = take(o, "-i x", row[0], false);
@@ -241,10 +270,13 @@ static void options_config() {
 }
 
 static void options_resume() {
-    const std::string run = "{\"input\":[\"/d/a.jsonl\"],\"rank\":4,\"epochs\":3,\"batch\":16,\"threads\":1,\"keep\":2,\"template\":\"plain\"}";
+    const std::string run =
+        "{\"input\":[\"/d/"
+        "a.jsonl\"],\"rank\":4,\"epochs\":3,\"batch\":16,\"threads\":1,\"keep\":2,\"template\":\"plain\"}";
     Options o;
     Error e = take(o, "-o r --resume", run, true);
-    CHECK(!e && o.rank == 4 && o.inputs[0] == "/d/a.jsonl" && o.output == "r" && o.threads == 1, "all from the run: %s", e.what.c_str());
+    CHECK(!e && o.rank == 4 && o.inputs[0] == "/d/a.jsonl" && o.output == "r" && o.threads == 1, "all from the run: %s",
+          e.what.c_str());
     e = take(o, "-o r --resume -i /d/../d/a.jsonl -r 4 -e 3.0", run, true);
     CHECK(!e, "the same options again: %s", e.what.c_str());
     e = take(o, "-o r --resume --threads 7 --keep 9 -q --save-every 5 --device cpu", run, true);
@@ -256,9 +288,15 @@ static void options_resume() {
         {"-e 4", "epochs differs from the run's (found 4, the run has 3)"},
         {"-n 5", "steps differs from the run's (found 5, the run has by --epochs)"},
         {"--lr 0.001", "lr differs from the run's (found 0.001, the run has by the model's width)"},
-        {"--seed 1", "seed differs"}, {"-m other", "model differs"}, {"--template llama3", "template differs"},
-        {"-b 8", "batch differs"}, {"--no-shuffle", "no-shuffle differs"}, {"--val-split 0.1", "val-split differs"},
-        {"--quant none", "quant differs"}, {"-t 8", "max-tokens differs"}, {"--dropout 0.1", "dropout differs"},
+        {"--seed 1", "seed differs"},
+        {"-m other", "model differs"},
+        {"--template llama3", "template differs"},
+        {"-b 8", "batch differs"},
+        {"--no-shuffle", "no-shuffle differs"},
+        {"--val-split 0.1", "val-split differs"},
+        {"--quant none", "quant differs"},
+        {"-t 8", "max-tokens differs"},
+        {"--dropout 0.1", "dropout differs"},
     };
     for (const auto& row : bad) {
         e = take(o, std::string("-o r --resume ") + row[0], run, true);
@@ -269,7 +307,11 @@ static void options_resume() {
     CHECK(!e, "the adapter has the rank, not run.json: %s", e.what.c_str());
 }
 
-extern const Test options_tests[] = {
-    {"options_defaults", options_defaults}, {"options_spellings", options_spellings}, {"options_bad", options_bad},
-    {"options_locale", options_locale},     {"options_round_trip", options_round_trip}, {"options_config", options_config},
-    {"options_resume", options_resume},     {nullptr, nullptr}};
+extern const Test options_tests[] = {{"options_defaults", options_defaults},
+                                     {"options_spellings", options_spellings},
+                                     {"options_bad", options_bad},
+                                     {"options_locale", options_locale},
+                                     {"options_round_trip", options_round_trip},
+                                     {"options_config", options_config},
+                                     {"options_resume", options_resume},
+                                     {nullptr, nullptr}};

@@ -38,7 +38,8 @@ static void random_layout() {
     CHECK(STREAM_ORDER == 1 && STREAM_DROPOUT == 3 && STREAM_WEIGHTS == 6, "a stream has another number");
 }
 
-// Mean and mean square of n uniform numbers lie within 5 standard deviations of 1/2 and 1/3: sqrt(1/12/n), sqrt(4/45/n).
+// Mean and mean square of n uniform numbers lie within 5 standard deviations, sqrt(1/12/n) and sqrt(4/45/n), of 1/2 and
+// 1/3.
 static void random_uniform_range() {
     const int n = 100000;
     double sum = 0, squares = 0, least = 1, most = 0;

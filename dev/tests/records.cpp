@@ -565,6 +565,23 @@ static void records_warnings() {
     tokenizer_free(f.t);
 }
 
+// A tokenizer that names neither BOS nor EOS: nothing stands before the first token, so it is no target.
+static void records_without_bos() {
+    Fixture f;
+    if (!fixture_make(f, Template::PLAIN)) {
+        return;
+    }
+    f.t.bos = f.t.eos = -1;
+    Dataset data;
+    Error e = load_file(data, f, "{\"text\": \"abc\"}\n{\"prompt\": \"\", \"completion\": \"de\"}\n");
+    if (CHECK(!e && data.size() == 2 && data.warnings.size() == 1, "%s", e.what.c_str())) {
+        CHECK(written_out(data, 0) == "a{bc}", "%s", written_out(data, 0).c_str());
+        CHECK(written_out(data, 1) == "d{e}", "%s", written_out(data, 1).c_str());
+        CHECK(text_has(data.warnings[0], "names no eos_token"), "%s", data.warnings[0].c_str());
+    }
+    tokenizer_free(f.t);
+}
+
 static void records_long_lines() {
     Fixture f;
     if (!fixture_make(f, Template::PLAIN)) {
@@ -681,6 +698,7 @@ extern const Test records_tests[] = {
     {"records_formats", records_formats},     {"records_tokens", records_tokens},
     {"records_bad_files", records_bad_files}, {"records_odd_but_good_files", records_odd_but_good_files},
     {"records_many_bad", records_many_bad},   {"records_cut", records_cut},
-    {"records_warnings", records_warnings},   {"records_long_lines", records_long_lines},
+    {"records_warnings", records_warnings},   {"records_without_bos", records_without_bos},
+                                     {"records_long_lines", records_long_lines},
     {"records_threads", records_threads},     {"records_report", records_report},
     {"records_llama3", records_llama3},       {nullptr, nullptr}};

@@ -84,15 +84,18 @@ static void run_checkpoint_round_trip() {
     save(dir, 7);
     CHECK(newest(dir) == 7, "the newest is %lld", (long long)newest(dir));
     std::string at = path_join(dir, "checkpoints/step_7");
-    CHECK(listing(at) == "MANIFEST.json adapter_config.json adapter_model.safetensors state.json", "%s", listing(at).c_str());
+    CHECK(listing(at) == "MANIFEST.json adapter_config.json adapter_model.safetensors state.json", "%s",
+          listing(at).c_str());
     Json m;
     CHECK(!json_read_file(m, path_join(at, "MANIFEST.json")), "manifest");
     const Json *step = m.find("step"), *files = m.find("files");
-    CHECK(m.find("version") && step && step->integer == 7 && files && files->keys.size() == 3 && m.find("sha256"), "manifest's keys");
+    CHECK(m.find("version") && step && step->integer == 7 && files && files->keys.size() == 3 && m.find("sha256"),
+          "manifest's keys");
     // sha256 of "{}\n", by sha256sum
     const Json* entry = files ? files->find("adapter_config.json") : nullptr;
     CHECK(entry && entry->find("bytes")->integer == 3 &&
-              entry->find("sha256")->string == "ca3d163bab055381827226140568f3bef7eaac187cebd76878e0b63e9e442356", "hash of adapter_config.json");
+              entry->find("sha256")->string == "ca3d163bab055381827226140568f3bef7eaac187cebd76878e0b63e9e442356",
+          "hash of adapter_config.json");
     Safetensors st;
     CHECK(!safetensors_open(st, path_join(at, "adapter_model.safetensors")), "adapter");
     const Tensor* t = safetensors_find(st, "a.weight");
@@ -109,7 +112,8 @@ static void run_checkpoint_prune() {
     for (int64_t step : {5, 10, 15, 100}) {
         save(dir, step, 2);
     }
-    CHECK(listing(at) == "step_10 step_100" || listing(at) == "step_100 step_15", "keep 2 leaves %s", listing(at).c_str());
+    CHECK(listing(at) == "step_10 step_100" || listing(at) == "step_100 step_15", "keep 2 leaves %s",
+          listing(at).c_str());
     CHECK(listing(at) == "step_100 step_15", "the older one was kept: %s", listing(at).c_str());
     save(dir, 200, 3);
     CHECK(listing(at) == "step_100 step_15 step_200", "keep 3 leaves %s", listing(at).c_str());
@@ -132,13 +136,14 @@ static void run_checkpoint_damage() {
     save(dir, 20);
     for (const char* name : {"MANIFEST.json", "adapter_config.json", "adapter_model.safetensors", "state.json"}) {
         std::string path = path_join(at, name), good = get(path), said;
-        for (size_t i = 0; i < good.size(); i += good.size() > 64 ? good.size() / 61 : 1) {
+        for (size_t i = 0; i<good.size(); i += good.size()> 64 ? good.size() / 61 : 1) {
             std::string bad = good;
             bad[i] = char(bad[i] ^ 0x04);
             put(path, bad);
             int64_t step = newest(dir, &said);
             bool whitespace = strcmp(name, "MANIFEST.json") == 0 && isspace(static_cast<unsigned char>(good[i]));
-            CHECK((step == 10 && text_has(said, name)) || whitespace, "%s, byte %zu flipped: step %lld, %s", name, i, (long long)step, said.c_str());
+            CHECK((step == 10 && text_has(said, name)) || whitespace, "%s, byte %zu flipped: step %lld, %s", name, i,
+                  (long long)step, said.c_str());
         }
         for (size_t size : {size_t(0), good.size() / 2, good.size() - 2}) {
             put(path, good.substr(0, size));
@@ -165,18 +170,21 @@ static void run_checkpoint_all_bad() {
     Checkpoint c;
     std::vector<std::string> complaints;
     Error e = checkpoint_newest(c, complaints, dir);
-    CHECK(e.code == 2 && text_has(e.what, "step_1/state.json: wrong size") && text_has(e.what, "step_2/MANIFEST.json: damaged") && !e.hint.empty(),
+    CHECK(e.code == 2 && text_has(e.what, "step_1/state.json: wrong size") &&
+              text_has(e.what, "step_2/MANIFEST.json: damaged") && !e.hint.empty(),
           "code %d: %s", e.code, e.what.c_str());
     CHECK(c.step == -1, "step %lld", (long long)c.step);
     put(path_join(dir, "checkpoints/step_2/MANIFEST.json"), "{\"version\":2,\"something\":\"else\"}");
     e = checkpoint_newest(c, complaints, dir);
-    CHECK(e.code == 2 && text_has(e.what, "written by a newer version") && text_has(e.what, "found version 2"), "%s", e.what.c_str());
+    CHECK(e.code == 2 && text_has(e.what, "written by a newer version") && text_has(e.what, "found version 2"), "%s",
+          e.what.c_str());
 }
 
 static void run_checkpoint_stale() {
     std::string dir = test_directory(), at = path_join(dir, "checkpoints"), dead = std::to_string(dead_process());
     save(dir, 3);
-    for (const std::string& name : {".tmp-step_4-" + dead, ".tmp-step_5-" + std::to_string(getpid()), ".tmp-step_6-" + std::to_string(getppid())}) {
+    for (const std::string& name : {".tmp-step_4-" + dead, ".tmp-step_5-" + std::to_string(getpid()),
+                                    ".tmp-step_6-" + std::to_string(getppid())}) {
         CHECK(!dir_create(path_join(at, name)), "create");
         put(path_join(at, name + "/state.json"), "{}");
     }
@@ -196,7 +204,8 @@ static void run_checkpoint_fails() {
     files.push_back(files.back());  // the same name twice: O_EXCL refuses the second
     Error e = checkpoint_write(dir, 2, files, 2);
     CHECK(e.code != 0 && text_has(e.what, "state.json"), "%s", e.what.c_str());
-    CHECK(listing(path_join(dir, "checkpoints")) == "step_1" && newest(dir) == 1, "left: %s", listing(path_join(dir, "checkpoints")).c_str());
+    CHECK(listing(path_join(dir, "checkpoints")) == "step_1" && newest(dir) == 1, "left: %s",
+          listing(path_join(dir, "checkpoints")).c_str());
     e = checkpoint_write(dir, 2, {{"../state.json", "{}", {}}}, 2);
     CHECK(e.code == 1, "a name that leaves the directory was taken");
     put(path_join(dir, "file"), "x");
@@ -214,7 +223,8 @@ static void run_checkpoint_killed() {
         pid_t child = fork();
         if (child == 0) {
             for (int64_t step = 1;; step++) {
-                if (checkpoint_write(dir, step, checkpoint_files(step), 2) || write(ends[1], &step, sizeof step) != sizeof step) {
+                if (checkpoint_write(dir, step, checkpoint_files(step), 2) ||
+                    write(ends[1], &step, sizeof step) != sizeof step) {
                     _exit(1);
                 }
             }
@@ -230,7 +240,8 @@ static void run_checkpoint_killed() {
         close(ends[0]);
         std::string said;
         int64_t found = newest(dir, &said);
-        CHECK(found >= acknowledged && found <= acknowledged + 2, "acknowledged %lld, found %lld: %s", (long long)acknowledged, (long long)found, said.c_str());
+        CHECK(found >= acknowledged && found <= acknowledged + 2, "acknowledged %lld, found %lld: %s",
+              (long long)acknowledged, (long long)found, said.c_str());
         CHECK(said.empty(), "complaints: %s", said.c_str());
         std::string list = path_exists(path_join(dir, "checkpoints")) ? listing(path_join(dir, "checkpoints")) : "";
         CHECK(!text_has(list, ".tmp-"), "left: %s", list.c_str());
@@ -241,7 +252,8 @@ static void run_preflight() {
     std::string dir = test_directory();
     CHECK(!checkpoint_preflight(dir, 1000), "1000 bytes are too much");
     Error e = checkpoint_preflight(dir, UINT64_C(1) << 60);
-    CHECK(e.code == 1 && text_has(e.what, "too little disk space") && text_has(e.what, "need 2305843009213.7 MB"), "%s", e.what.c_str());
+    CHECK(e.code == 1 && text_has(e.what, "too little disk space") && text_has(e.what, "need 2305843009213.7 MB"), "%s",
+          e.what.c_str());
 }
 
 static void run_locked() {
@@ -265,7 +277,8 @@ static void run_locked() {
     CHECK(e.code == 2 && text_has(e.what, "in use by another run (" + holder), "%s", e.what.c_str());
     put(path_join(dir, "run.json"), "{}");
     e = run_directory_prepare(dir, "", false, true);
-    CHECK(e.code == 2 && text_has(e.what, holder) && path_exists(path_join(dir, "run.json")), "overwrite of a locked run: %s", e.what.c_str());
+    CHECK(e.code == 2 && text_has(e.what, holder) && path_exists(path_join(dir, "run.json")),
+          "overwrite of a locked run: %s", e.what.c_str());
     kill(child, SIGKILL);
     waitpid(child, nullptr, 0);
     close(ends[0]);
@@ -290,14 +303,16 @@ static void run_log() {
     log_event(log, Json::object().set("event", "step").set("loss", 0.2));
     log_sync(log);
     log_close(log);
-    CHECK(get(path) == "{\"event\":\"step\",\"loss\":0.1}\n{\"event\":\"step\",\"loss\":0.2}\n", "%s", get(path).c_str());
+    CHECK(get(path) == "{\"event\":\"step\",\"loss\":0.1}\n{\"event\":\"step\",\"loss\":0.2}\n", "%s",
+          get(path).c_str());
     CHECK(bytes == 28, "the first record has %llu bytes", (unsigned long long)bytes);
     CHECK(!log_open(log, path, bytes) && log_bytes(log) == bytes, "open for going on");
     log_event(log, Json("third"));
     log_close(log);
     CHECK(get(path) == "{\"event\":\"step\",\"loss\":0.1}\n\"third\"\n", "%s", get(path).c_str());
     put(path, "{\"a\":1}\n{\"b\"");
-    CHECK(!log_open(log, path, 100) && log_bytes(log) == 8, "a log that is too short is cut to whole lines: %llu", (unsigned long long)log_bytes(log));
+    CHECK(!log_open(log, path, 100) && log_bytes(log) == 8, "a log that is too short is cut to whole lines: %llu",
+          (unsigned long long)log_bytes(log));
     log_close(log);
     CHECK(get(path) == "{\"a\":1}\n", "%s", get(path).c_str());
     CHECK(!log_open(log, path, 0) && log_bytes(log) == 0, "a new log");
@@ -334,12 +349,16 @@ static void run_names() {
     here = getcwd(&here[0], here.size());
     CHECK(chdir(dir.c_str()) == 0, "chdir");
     CHECK(run_directory_name("data", 16, true).empty(), "no run yet");
-    CHECK(run_directory_name("data", 16, false) == "runs/data-r16-1", "%s", run_directory_name("data", 16, false).c_str());
-    for (const char* name : {"runs/data-r16-1", "runs/data-r16-2", "runs/data-r16-10", "runs/data-r8-50", "runs/data-r16-11x", "runs/data-r16-012"}) {
+    CHECK(run_directory_name("data", 16, false) == "runs/data-r16-1", "%s",
+          run_directory_name("data", 16, false).c_str());
+    for (const char* name : {"runs/data-r16-1", "runs/data-r16-2", "runs/data-r16-10", "runs/data-r8-50",
+                             "runs/data-r16-11x", "runs/data-r16-012"}) {
         CHECK(!dir_create(name), "create");
     }
-    CHECK(run_directory_name("data", 16, false) == "runs/data-r16-3", "%s", run_directory_name("data", 16, false).c_str());
-    CHECK(run_directory_name("data", 16, true) == "runs/data-r16-10", "%s", run_directory_name("data", 16, true).c_str());
+    CHECK(run_directory_name("data", 16, false) == "runs/data-r16-3", "%s",
+          run_directory_name("data", 16, false).c_str());
+    CHECK(run_directory_name("data", 16, true) == "runs/data-r16-10", "%s",
+          run_directory_name("data", 16, true).c_str());
     CHECK(chdir(here.c_str()) == 0, "chdir");
 }
 
@@ -356,7 +375,8 @@ static void make_run(const std::string& dir, bool finished) {
 
 static void refused(const std::string& dir, const std::string& model, bool resume, bool overwrite, const char* part) {
     Error e = run_directory_prepare(dir, model, resume, overwrite);
-    CHECK(e.code == 2 && text_has(e.what, part) && !e.hint.empty(), "code %d: '%s', need '%s'", e.code, e.what.c_str(), part);
+    CHECK(e.code == 2 && text_has(e.what, part) && !e.hint.empty(), "code %d: '%s', need '%s'", e.code, e.what.c_str(),
+          part);
 }
 
 static void accepted(const std::string& dir, const std::string& model, bool resume, bool overwrite) {

@@ -216,9 +216,9 @@ void ignore_merges() {
 
 // Merges that would show a split in the wrong place, worked by hand from the two patterns.
 void split_patterns() {
-    Merges merges = {{"1", "2"}, {"12", "3"},  {" ", "1"},  {" ", " "},  {"'", "s"}, {" ", "'"},
-                     {"a", "1"}, {"\n", "\n"}, {" ", "\n"}, {"-", "\n"}, {".", "a"}, {"3", "4"}};
-    enum { N12 = 256, N123, SP1, SPSP, QS, SPQ, A1, NLNL, SPNL, DASHNL, DOTA, N34 };
+    Merges merges = {{"1", "2"},   {"12", "3"}, {" ", "1"},  {" ", " "}, {"'", "s"}, {" ", "'"}, {"a", "1"},
+                     {"\n", "\n"}, {" ", "\n"}, {"-", "\n"}, {".", "a"}, {"3", "4"}, {"S", "a"}, {"\xBF", "a"}};
+    enum { N12 = 256, N123, SP1, SPSP, QS, SPQ, A1, NLNL, SPNL, DASHNL, DOTA, N34, SA, BFA };
     Tokenizer llama3, smollm2;
     Error e = load_json(llama3, small_tokenizer(merges));
     CHECK(!e, "%s", e.what.c_str());
@@ -239,6 +239,10 @@ void split_patterns() {
     check_ids(llama3, "x's", {'x', QS});
     check_ids(smollm2, "x's", {'x', QS});
     check_ids(llama3, "x'S", {'x', '\'', 'S'});
+    check_ids(llama3, "x'Sa", {'x', '\'', 'S', 'a'});   // contractions in either case end before the "a"
+    check_ids(smollm2, "x'Sa", {'x', '\'', SA});        // in small letters only
+    check_ids(llama3, "'ſa", {'\'', 0xC5, 0xBF, 'a'});  // U+017F is an s when case is ignored
+    check_ids(smollm2, "'ſa", {'\'', 0xC5, BFA});
     check_ids(llama3, " 's", {SPQ, 's'});
     check_ids(smollm2, " 's", {SPQ, 's'});
     check_ids(llama3, "-\n", {DASHNL});  // punctuation takes the line ends behind it along
@@ -286,7 +290,9 @@ void merge_algorithms_agree() {
             tokens.push_back(std::string(1, char(b)));
         }
         std::map<std::string, int> id_of;
+        // few letters make the same token in several ways, at different times: entries out of order
         std::vector<std::string> letters = {"a", "b", "c"};
+        letters.resize(1 + table % 3);
         std::map<std::pair<std::string, std::string>, size_t> ranks;
         std::vector<std::pair<std::string, std::string>> pairs;
         for (int i = 0; i < 30; i++) {
@@ -315,7 +321,7 @@ void merge_algorithms_agree() {
         for (int i = 0; i < 60; i++) {
             std::string text;
             for (size_t n = 1 + rng() % (i < 50 ? 40 : 400); n > 0; n--) {
-                text += char('a' + rng() % 4);  // 'd' is in no pair
+                text += char('a' + rng() % (i % 2 ? 2 + table % 3 : 1 + table % 3));  // the last letter is in no pair
             }
             Ids scan, lists, expected;
             for (const std::string& part : merge_by_definition(ranks, text)) {

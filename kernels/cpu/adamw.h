@@ -1,5 +1,5 @@
 // The optimizer's walk over the flat adapter buffers: AdamW, the norm of the gradients, the search for what is not
-// finite. The norm is summed in double over blocks that depend on n alone, so any number of threads gives the same bits.
+// finite. The norm is summed in double over blocks that depend on n alone, so the number of threads changes no bit.
 //
 // AdamW (Loshchilov, Hutter 2019) in the order of PyTorch's single-tensor path, scalars in double and then rounded:
 //   g = g grad_scale;  p = p (1 - lr wd);  m = m + (1 - beta1)(g - m);  v = v beta2 + (1 - beta2) g g
@@ -21,7 +21,8 @@ template <class X>
 void adamw_update(Cpu<X>& dev, typename Cpu<X>::real* p, typename Cpu<X>::real* m, typename Cpu<X>::real* v,
                   const typename Cpu<X>::real* g, size_t n, const AdamW& a) {
     using real = typename Cpu<X>::real;
-    const double correction1 = 1 - std::pow(a.beta1, double(a.step)), correction2 = 1 - std::pow(a.beta2, double(a.step));
+    const double correction1 = 1 - std::pow(a.beta1, double(a.step)),
+                 correction2 = 1 - std::pow(a.beta2, double(a.step));
     const AdamWScalars<real> s = {real(a.grad_scale),  real(1 - a.lr * a.weight_decay), real(1 - a.beta1),
                                   real(a.beta2),       real(1 - a.beta2),               real(std::sqrt(correction2)),
                                   real(a.eps),         real(-(a.lr / correction1))};

@@ -49,8 +49,8 @@ struct AttentionTask {
     bool dq, dkv;
 };
 
-// Tasks are whole documents where that keeps the threads about as busy as pieces would; `cost` is what pieces add to the
-// work. A long document is cut into pieces of 256 queries, or of 256 keys.
+// Tasks are whole documents where that keeps the threads about as busy as pieces would; `cost` is what pieces add to
+// the work. A long document is cut into pieces of 256 queries, or of 256 keys.
 struct AttentionPlan {
     bool whole;
     size_t piece;   // blocks
@@ -110,10 +110,12 @@ inline AttentionTask attention_task(const AttentionPlan& plan, size_t index, con
 
 // out [tile of MR lines][HS][MR]: left panels that sum over the head.
 template <class X>
-void attention_pack_lines(const Cpu<X>& dev, const AttentionShape& s, X* out, const X* in, size_t stride, size_t lines) {
+void attention_pack_lines(const Cpu<X>& dev, const AttentionShape& s, X* out, const X* in, size_t stride,
+                          size_t lines) {
     for (size_t line = 0; line < lines; line += size_t(s.MR)) {
         int n = lines - line < size_t(s.MR) ? int(lines - line) : s.MR;
-        transpose_lines(dev, out + line * size_t(s.HS), size_t(s.MR), s.MR, in + line * stride, stride, n, size_t(s.HS));
+        transpose_lines(dev, out + line * size_t(s.HS), size_t(s.MR), s.MR, in + line * stride, stride, n,
+                        size_t(s.HS));
     }
 }
 
@@ -137,8 +139,8 @@ void attention_pack_channels(const AttentionShape& s, X* out, const X* in, size_
 
 // out [HS][NR] = in * factor, up to NR lines: a right panel that sums over the head.
 template <class X>
-void attention_pack_queries(const Cpu<X>& dev, const AttentionShape& s, X* out, const X* in, size_t stride, size_t lines,
-                            X factor) {
+void attention_pack_queries(const Cpu<X>& dev, const AttentionShape& s, X* out, const X* in, size_t stride,
+                            size_t lines, X factor) {
     transpose_lines(dev, out, size_t(s.NR), s.NR, in, stride, int(lines), size_t(s.HS));
     for (size_t i = 0; i < size_t(s.HS) * size_t(s.NR); i++) {
         out[i] *= factor;
@@ -222,8 +224,8 @@ void attention_forward_panel(const Cpu<X>& dev, const AttentionShape& s, const A
     transpose_lines(dev, out, size_t(s.NH) * HS, s.HS, w.O, NR, s.HS, queries);
 }
 
-// out (N, NH*HS), lse (NH, N) = of qkv (N, QKV): q | k | v heads side by side. Query head h uses kv head h / (NH / NKV).
-// cu_seqlens (documents + 1): first token of each document, then N; no document is empty.
+// out (N, NH*HS), lse (NH, N) = of qkv (N, QKV): q | k | v heads side by side. Query head h uses kv head
+// h / (NH / NKV). cu_seqlens (documents + 1): first token of each document, then N; no document is empty.
 template <class X>
 void attention_forward(Cpu<X>& dev, X* out, typename Cpu<X>::real* lse, const X* qkv, const int32_t* cu_seqlens,
                        int documents, size_t N, int NH, int NKV, int HS) {
@@ -303,8 +305,8 @@ AttentionBackwardSpace<X> attention_backward_space(Arena& arena, const Attention
 // P and dS of `queries` queries and `keys` keys; diagonal: they are the same positions. What lies above the diagonal of
 // S and dS is not written.
 template <class X>
-void attention_backward_scores(const Cpu<X>& dev, const AttentionShape& s, const AttentionBackwardSpace<X>& w, const X* K,
-                               const X* V, size_t queries, size_t keys, bool diagonal) {
+void attention_backward_scores(const Cpu<X>& dev, const AttentionShape& s, const AttentionBackwardSpace<X>& w,
+                               const X* K, const X* V, size_t queries, size_t keys, bool diagonal) {
     const size_t HS = size_t(s.HS), NR = size_t(s.NR), MR = size_t(s.MR);
     for (size_t q = 0; q < queries; q += NR) {
         const size_t seen = diagonal && q + NR < keys ? q + NR : keys;
@@ -330,8 +332,8 @@ void attention_backward_keys(const Cpu<X>& dev, const AttentionShape& s, const A
             const size_t lines = queries - q < NR ? queries - q : NR;
             transpose_lines(dev, w.turned + q * NR, NR, s.NR, scores + q * s.block + key * NR, NR, n, lines);
         }
-        attention_product(dev, s, sum + key * HS, left + first * MR, queries * MR, w.turned + first * NR, queries - first,
-                          HS, n, add);
+        attention_product(dev, s, sum + key * HS, left + first * MR, queries * MR, w.turned + first * NR,
+                          queries - first, HS, n, add);
     }
 }
 
@@ -344,7 +346,8 @@ void attention_backward_store(const Cpu<X>& dev, const AttentionShape& s, X* out
         for (size_t i = 0; i < HS * NR; i++) {
             panel[i] *= factor;
         }
-        transpose_lines(dev, out + line * s.stride, s.stride, s.HS, panel, NR, s.HS, lines - line < NR ? lines - line : NR);
+        transpose_lines(dev, out + line * s.stride, s.stride, s.HS, panel, NR, s.HS,
+                        lines - line < NR ? lines - line : NR);
     }
 }
 
@@ -364,7 +367,8 @@ void attention_backward_queries(const Cpu<X>& dev, const AttentionShape& s, cons
                                 const AttentionGradients<X>& a, size_t h, size_t row, size_t queries) {
     const size_t HS = size_t(s.HS), NR = size_t(s.NR), wide = size_t(s.NH) * HS;
     const X scale = X(1 / std::sqrt(double(s.HS)));
-    const X *q = a.qkv + row * s.stride + h * HS, *dout = a.dout + row * wide + h * HS, *out = a.out + row * wide + h * HS;
+    const X *q = a.qkv + row * s.stride + h * HS, *dout = a.dout + row * wide + h * HS,
+            *out = a.out + row * wide + h * HS;
     for (size_t i = 0; i < queries; i += NR) {
         const size_t n = queries - i < NR ? queries - i : NR;
         attention_pack_queries(dev, s, w.Q + i * HS, q + i * s.stride, s.stride, n, scale);
@@ -403,13 +407,15 @@ void attention_backward_task(const Cpu<X>& dev, const AttentionShape& s, const A
                 attention_backward_scores(dev, s, w, w.K + j * w.lines, w.V + j * w.lines, queries, keys, i == j);
                 for (size_t q = 0; t.dq && q < queries; q += NR) {
                     const size_t seen = i == j && q + NR < keys ? q + NR : keys;
-                    attention_product(dev, s, w.dQ + q * HS, w.K_channels + j * w.channels, keys * MR, w.dS + q * B, seen,
-                                      HS, s.NR, j > 0);
+                    attention_product(dev, s, w.dQ + q * HS, w.K_channels + j * w.channels, keys * MR, w.dS + q * B,
+                                      seen, HS, s.NR, j > 0);
                 }
                 if (t.dkv) {
                     const bool add = g > 0 || i > j;
-                    attention_backward_keys(dev, s, w, w.dV + j * w.sums, w.dO_channels, w.S, queries, keys, i == j, add);
-                    attention_backward_keys(dev, s, w, w.dK + j * w.sums, w.Q_channels, w.dS, queries, keys, i == j, add);
+                    attention_backward_keys(dev, s, w, w.dV + j * w.sums, w.dO_channels, w.S, queries, keys, i == j,
+                                            add);
+                    attention_backward_keys(dev, s, w, w.dK + j * w.sums, w.Q_channels, w.dS, queries, keys, i == j,
+                                            add);
                 }
             }
             if (t.dq) {

@@ -1,5 +1,5 @@
-// The ops that treat each row, or each element, alone: embedding, RMSNorm, RoPE, SwiGLU. X and the statistics are float,
-// or double on Cpu<double>. Rows are shared out between the workers; a row's bits depend on nothing but the row.
+// The ops that treat each row, or each element, alone: embedding, RMSNorm, RoPE, SwiGLU. X and the statistics are
+// float, or double on Cpu<double>. Rows are shared out between the workers; a row's bits depend on nothing but the row.
 //
 //   rstd = 1 / sqrt(mean(x^2) + eps)            norm(x) = x rstd w        (Zhang, Sennrich: RMSNorm, 2019)
 //   rope: (a, b) -> (a cos - b sin, b cos + a sin), pairs (i, i + HS/2)   (Su et al.: RoFormer, 2021; HF's half-split)

@@ -16,10 +16,9 @@
 #include "kernels/cpu/parallel.h"
 #include "kernels/cpu/rows.h"
 #include "kernels/device.h"
-#include "kernels/random.h"
 #include "kernels/types.h"
 
-constexpr size_t GEMM_KC = 512, GEMM_NC = 256;
+constexpr size_t GEMM_KC = 256, GEMM_NC = 256;
 constexpr size_t GEMM_LINES = 16;             // rows that are transposed together
 constexpr size_t GEMM_LINE = GEMM_KC + 16;    // their stride: not a power of two, so that they do not share cache sets
 
@@ -92,20 +91,24 @@ inline void transpose_lines(const Cpu<double>&, double* out, size_t ldo, int wid
 
 // ---- dropout ----
 
-// x (n) = x * mask / (1 - p) for the channels first .. first + n (first a multiple of 4) of one row.
-template <class Real>
-void dropout_run(Real* x, const Dropout& drop, uint32_t module, size_t row, size_t first, size_t n) {
+// x (n) = x * mask / (1 - p) for the channels first .. first + n (first a multiple of 4) of one row. Channel c of a row is
+// kept when word c % 4 of philox4x32 of {example, position, module, c / 4}, under a key of seed and step, is at least
+// p 2^32.
+template <class X, class Real>
+void dropout_run(const Cpu<X>& dev, Real* x, const Dropout& drop, uint32_t module, size_t row, size_t first, size_t n) {
     uint64_t mixed = drop.seed * 0x9e3779b97f4a7c15u + drop.step;
     mixed = (mixed ^ (mixed >> 32)) * 0xd6e8feb86659fd93u;
     const uint32_t key[2] = {uint32_t(mixed), uint32_t(mixed >> 32)};
-    const uint64_t threshold = uint64_t(double(drop.p) * 4294967296.0);
-    const Real keep = Real(1) / (Real(1) - Real(drop.p));
-    for (size_t i = 0; i < n; i += 4) {
-        uint32_t counter[4] = {drop.example[row], uint32_t(drop.position[row]), module, uint32_t((first + i) / 4)};
-        uint32_t word[4];
-        philox4x32(word, counter, key);
-        for (size_t lane = 0; lane < 4 && i + lane < n; lane++) {
-            x[i + lane] = word[lane] >= threshold ? x[i + lane] * keep : Real(0);
+    const uint32_t head[3] = {drop.example[row], uint32_t(drop.position[row]), module};
+    const uint32_t threshold = uint32_t(double(drop.p) * 4294967296.0);
+    const Real scale = Real(1) / (Real(1) - Real(drop.p));
+    constexpr size_t PART = 256;
+    uint32_t words[PART];
+    for (size_t begin = 0; begin < n; begin += PART) {
+        size_t part = n - begin < PART ? n - begin : PART;
+        dev.isa->philox_run(words, head, key, uint32_t((first + begin) / 4), (part + 3) / 4);
+        for (size_t i = 0; i < part; i++) {
+            x[begin + i] = words[i] >= threshold ? x[begin + i] * scale : Real(0);
         }
     }
 }
@@ -190,7 +193,7 @@ void operand_run(const Cpu<X>& dev, Real* out, const Operand<X>& op, size_t row,
     case LinearInput<X, Real>::SWIGLU: row_kernels(dev).silu_mul(out, x, x + op.ld, n); break;
     }
     if (op.drop) {
-        dropout_run(out, *op.drop, op.module, row, column, n);
+        dropout_run(dev, out, *op.drop, op.module, row, column, n);
     }
 }
 

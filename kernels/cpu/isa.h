@@ -34,6 +34,9 @@ struct CpuIsa {
     void (*widen_bf16)(float* out, const uint16_t* in, size_t n);
     void (*widen_f16)(float* out, const uint16_t* in, size_t n);
 
+    // out (groups, 4): philox4x32 (kernels/random.h) of the counters {head[0], head[1], head[2], first + i}.
+    void (*philox_run)(uint32_t* out, const uint32_t head[3], const uint32_t key[2], uint32_t first, size_t groups);
+
     // Multiplies and adds in registers, n rounds; writes something to sink and returns the floating-point operations.
     size_t (*fma_loop)(size_t n, float* sink);
 

@@ -71,7 +71,8 @@ inline vec v_lookup(const uint8_t* codes, table16 table) {
     __m256i shift = _mm256_set_epi32(24, 28, 16, 20, 8, 12, 0, 4);
     __m256i code = _mm256_srlv_epi32(_mm256_set1_epi32(bytes), shift);
     __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(code, 28));
-    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.low, code), _mm256_permutevar8x32_ps(table.high, code), upper);
+    __m256 if_low = _mm256_permutevar8x32_ps(table.low, code), if_high = _mm256_permutevar8x32_ps(table.high, code);
+    return _mm256_blendv_ps(if_low, if_high, upper);
 }
 inline vec v_widen_bf16(const uint16_t* p) {
     __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
@@ -84,5 +85,5 @@ inline vec v_widen_f16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si1
 
 }  // namespace
 
-extern const CpuIsa cpu_isa_avx2 = {"avx2", TILE_MR, TILE_NV * W, gemm_tile, transpose,
-                                   nf4_run, widen_bf16, widen_f16, fma_loop, LEAF_ROWS};
+extern const CpuIsa cpu_isa_avx2 = {"avx2", TILE_MR, TILE_NV * W, gemm_tile, transpose, nf4_run,
+                                  widen_bf16, widen_f16, philox_run, fma_loop, LEAF_ROWS};

@@ -87,5 +87,5 @@ inline vec v_widen_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_
 
 }  // namespace
 
-extern const CpuIsa cpu_isa_avx512 = {"avx512", TILE_MR, TILE_NV * W, gemm_tile, transpose,
-                                   nf4_run, widen_bf16, widen_f16, fma_loop, LEAF_ROWS};
+extern const CpuIsa cpu_isa_avx512 = {"avx512", TILE_MR, TILE_NV * W, gemm_tile, transpose, nf4_run,
+                                  widen_bf16, widen_f16, philox_run, fma_loop, LEAF_ROWS};

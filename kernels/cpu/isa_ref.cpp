@@ -1,5 +1,5 @@
-// The reference tier: plain C that any processor runs; products and sums are rounded apart. Leaf kernels only; see isa.h
-// and leaf_gemm.inc for what may be included here.
+// The reference tier: plain C that any processor runs; products and sums are rounded apart. Leaf kernels only; see
+// isa.h and leaf_gemm.inc for what may be included here.
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -84,5 +84,5 @@ inline vec v_widen_f16(const uint16_t* p) {
 
 }  // namespace
 
-extern const CpuIsa cpu_isa_ref = {"ref", TILE_MR, TILE_NV * W, gemm_tile, transpose,
-                                   nf4_run, widen_bf16, widen_f16, fma_loop, LEAF_ROWS};
+extern const CpuIsa cpu_isa_ref = {"ref", TILE_MR, TILE_NV * W, gemm_tile, transpose, nf4_run,
+                                  widen_bf16, widen_f16, philox_run, fma_loop, LEAF_ROWS};

@@ -29,10 +29,10 @@ struct RowKernels {
     Real (*exp_sum)(const Real* x, Real max, size_t n);
     void (*softmax_grad)(Real* x_inout, Real lse, Real scale, size_t n);
 
-    // Attention, on blocks of transposed scores: a column is a query, a row a key, n columns side by side (a multiple of
-    // 16, or of 8 below avx512), row stride n.
-    //   softmax_columns  s = exp(s - max'), max' the greater of max and the column's greatest; shrink = exp(max - max');
-    //                    sum = sum shrink + the column's sum; max = max'
+    // Attention, on blocks of transposed scores: a column is a query, a row a key, n columns side by side (a multiple
+    // of the tier's vector), row stride n.
+    //   softmax_columns  s = exp(s - max'), max' the greater of max and the column's greatest;
+    //                    shrink = exp(max - max'); sum = sum shrink + the column's sum; max = max'
     //   grad_columns     s = exp(s - lse);  ds = s (ds - D)
     //   scale_columns    x *= f[column]
     void (*softmax_columns)(Real* s, size_t rows, size_t n, Real* max, Real* sum, Real* shrink);

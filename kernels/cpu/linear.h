@@ -178,7 +178,7 @@ void linear_masked_dx(Cpu<X>& dev, X* din, const LinearGroup<Real>& g, const Lin
             parallel_ranges(dev.threads, M, PACK_LEAST / C + 1, [&](size_t begin, size_t end, int) {
                 for (size_t i = begin; i < end; i++) {
                     Real* from = s.masked_dx + i * C;
-                    dropout_run(from, drop, part.module, row + i, 0, C);
+                    dropout_run(dev, from, drop, part.module, row + i, 0, C);
                     for (size_t c = 0; c < C; c++) {
                         din[(row + i) * C + c] += from[c];
                     }

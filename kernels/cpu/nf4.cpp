@@ -5,11 +5,9 @@
 
 #include "kernels/cpu/parallel.h"
 
-// A value above threshold i takes a code above i.
-static const float thresholds[15] = {
-    -0.8480964004993439f, -0.6106329262256622f, -0.4599952697753906f, -0.33967943489551544f, -0.23460740596055984f,
-    -0.13791173323988914f, -0.045525018125772476f, 0.03979014977812767f, 0.1202552504837513f, 0.2035212516784668f,
-    0.2920137718319893f, 0.3893125355243683f, 0.5016634166240692f, 0.6427869200706482f, 0.8614784178118011f};
+// A value above threshold i takes a code above i: the fp32 midpoint of codes i and i + 1, as bitsandbytes' CPU back end
+// computes it. (The decimals in its CUDA kernel round to a neighbour of the midpoint at four of the fifteen.)
+static float threshold(int i) { return (NF4_CODE[i] + NF4_CODE[i + 1]) / 2.0f; }
 
 static void quantize_block(uint8_t* codes, float* absmax, const float* w, size_t n) {
     float x[64] = {};
@@ -19,13 +17,13 @@ static void quantize_block(uint8_t* codes, float* absmax, const float* w, size_t
         greatest = std::max(greatest, std::fabs(x[i]));
     }
     *absmax = greatest;
-    const float inverse = greatest > 0 ? 1.0f / greatest : 0.0f;
-    const bool tiny = std::isinf(inverse);  // a subnormal absmax
+    const float inverse = 1.0f / std::max(greatest, 1e-38f);  // the floor keeps it finite, for an all-zero block as well
     int32_t code[64] = {};
     for (int i = 0; i < 64; i++) {
-        x[i] = tiny ? x[i] / greatest : x[i] * inverse;
+        x[i] *= inverse;
     }
-    for (float t : thresholds) {
+    for (int k = 0; k < 15; k++) {
+        const float t = threshold(k);
         for (int i = 0; i < 64; i++) {
             code[i] += x[i] > t;
         }

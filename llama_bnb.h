@@ -33,10 +33,3 @@ Error bnb_quant_state_read(BnbQuantState& q, const Safetensors& st, const std::s
 
 // The weight has a quantisation state beside it (of NF4 or of another kind), so it is not a plain matrix.
 bool bnb_is_quantised(const Safetensors& st, const std::string& weight_name);
-
-// The 256 values of the signed 8-bit dynamic data type (Dettmers 2015, as bitsandbytes' create_dynamic_map computes it:
-// every step in fp32), ascending.
-void bnb_dynamic_map(float map[256]);
-
-// The 16 NF4 values (QLoRA, Dettmers et al. 2023, appendix E), ascending: code i stands for nf4[i].
-void bnb_nf4_codes(float nf4[16]);

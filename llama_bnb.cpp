@@ -1,52 +1,10 @@
-// See bnb.h.
-#include "io/bnb.h"
+// See llama_bnb.h.
+#include "llama_bnb.h"
 
-#include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <vector>
 
-void bnb_nf4_codes(float nf4[16]) {
-    static const float codes[16] = {-1.0f,
-                                    -0.6961928009986877f,
-                                    -0.5250730514526367f,
-                                    -0.39491748809814453f,
-                                    -0.28444138169288635f,
-                                    -0.18477343022823334f,
-                                    -0.09105003625154495f,
-                                    0.0f,
-                                    0.07958029955625534f,
-                                    0.16093020141124725f,
-                                    0.24611230194568634f,
-                                    0.33791524171829224f,
-                                    0.44070982933044434f,
-                                    0.5626170039176941f,
-                                    0.7229568362236023f,
-                                    1.0f};
-    std::copy(codes, codes + 16, nf4);
-}
-
-// {0, 1} and +-10^(i-6) m for i = 0..6, m the midpoints of linspace(0.1, 1, 2^i + 1). PyTorch counts the upper half of
-// a linspace down from its end and fuses multiply and add.
-void bnb_dynamic_map(float map[256]) {
-    static const double power[7] = {1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1e0};
-    int n = 0;
-    map[n++] = 0.0f;
-    map[n++] = 1.0f;
-    for (int i = 0; i < 7; i++) {
-        int points = (1 << i) + 1;
-        float step = (1.0f - 0.1f) / float(points - 1);
-        auto point = [&](int k) {
-            return k < points / 2 ? std::fma(step, float(k), 0.1f) : std::fma(-step, float(points - 1 - k), 1.0f);
-        };
-        for (int k = 0; k + 1 < points; k++) {
-            float middle = (point(k) + point(k + 1)) / 2.0f;
-            map[n++] = float(power[i]) * middle;
-            map[n++] = -float(power[i]) * middle;
-        }
-    }
-    std::sort(map, map + 256);
-}
+#include "kernels/cpu/nf4.h"  // for the two tables alone
 
 // Units in the last place between two finite floats (0 and -0 are 0 apart).
 static uint32_t ulps(float a, float b) {
@@ -184,18 +142,16 @@ Error bnb_quant_state_read(BnbQuantState& q, const Safetensors& st, const std::s
             "dtype not supported (found \"" + printable(q.dtype) + "\", need bfloat16, float16 or float32)");
     }
     bool nested = safetensors_find(st, weight_name + ".nested_absmax") != nullptr || settings.find("nested_blocksize");
-    float nf4[16];
-    bnb_nf4_codes(nf4);
     if ((e = find_part(q.codes, p, "", "U8", (q.rows * q.cols + 1) / 2)) ||
         (e = find_part(q.absmax, p, ".absmax", nested ? "U8" : "F32", q.blocks)) ||
-        (e = read_table(q.quant_map, nf4, 16, p, ".quant_map"))) {
+        (e = read_table(q.quant_map, NF4_CODE, 16, p, ".quant_map"))) {
         return e;
     }
     if (!nested) {
         return {};
     }
     float map[256];
-    bnb_dynamic_map(map);
+    nf4_map8(map);
     if ((e = need_setting(p, settings, "nested_blocksize", 256)) ||
         (e = need_setting(p, settings, "nested_dtype", "float32")) ||
         (e = find_part(q.nested_absmax, p, ".nested_absmax", "F32", (q.blocks + 255) / 256)) ||
