@@ -107,7 +107,7 @@ benches := $(addprefix $(BUILD)/,$(filter-out $(tool_names),$(dev_programs)))
 # Each instruction tier is one file with flags of its own; the rest runs on any processor of the kind.
 ifneq (,$(x86))
 $(BUILD)/kernels/cpu/isa_avx2.o: tier := -mavx2 -mfma -mf16c -mbmi2
-$(BUILD)/kernels/cpu/isa_avx512.o: tier := -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi \
+$(BUILD)/kernels/cpu/isa_avx512.o: tier := -mavx512f -mavx512bw -mavx512dq -mavx512vl \
                                            -mavx2 -mfma -mf16c -mbmi2 -mprefer-vector-width=512
 endif
 

@@ -46,7 +46,7 @@ struct LoraConfig {
     int r = 16;
     double alpha = 32;
     bool rslora = false;
-    float dropout = 0;
+    double dropout = 0;
     bool target[MODULES] = {true, true, true, true, true, true, true};
 
     double scale() const { return rslora ? alpha / std::sqrt(double(r)) : alpha / r; }

@@ -5,10 +5,10 @@
 
 // Keys whose value says nothing about the arithmetic of an adapter already trained.
 static bool is_harmless(const std::string& key) {
-    for (const char* name : {"auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights", "loftq_config",
+    for (const char* name : {"auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights",
                              "lora_dropout", "megatron_config", "megatron_core", "peft_type", "peft_version", "r", "lora_alpha",
                              "revision", "task_type", "target_modules", "use_rslora", "qalora_group_size", "layers_pattern",
-                             "bias", "eva_config", "corda_config", "lora_ga_config"}) {
+                             "bias", "eva_config"}) {
         if (key == name) {
             return true;
         }
@@ -72,6 +72,14 @@ Error adapter_config_read(LoraConfig& lora, const std::string& dir) {
                              printable(j.keys[i]).c_str(), printable(json_write(j.items[i])).c_str())
                 .hinted("plain LoRA on the seven linears, one rank and one alpha, no biases, no DoRA, no modules_to_save");
         }
+    }
+    // Other initialisations (pissa, olora, corda, loftq) change the base weight when the adapter is made: it then belongs to
+    // a residual base that is not on disk.
+    const Json* init = j.find("init_lora_weights");
+    const std::string kind = init != nullptr && init->type == Json::STRING ? init->string : "gaussian";
+    if (kind != "gaussian" && kind != "eva" && kind != "orthogonal") {
+        return bad_input("%s: init_lora_weights: need true, false, gaussian, eva or orthogonal (found %s)", path,
+                         printable(kind).c_str()).hinted("convert the adapter to a plain LoRA with PEFT first");
     }
     const Json* bias = j.find("bias");
     if (bias != nullptr && bias->string != "none") {

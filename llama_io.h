@@ -452,7 +452,7 @@ inline std::string adapter_config_text(const LoraConfig& lora, const std::string
     j.set("alpha_pattern", Json::object()).set("auto_mapping", Json()).set("base_model_name_or_path", base_name);
     j.set("bias", "none").set("fan_in_fan_out", false).set("inference_mode", true).set("init_lora_weights", true);
     j.set("layer_replication", Json()).set("layers_pattern", Json()).set("layers_to_transform", Json());
-    j.set("loftq_config", Json::object()).set("lora_alpha", alpha).set("lora_dropout", double(lora.dropout));
+    j.set("loftq_config", Json::object()).set("lora_alpha", alpha).set("lora_dropout", lora.dropout);
     j.set("megatron_config", Json()).set("megatron_core", "megatron.core").set("modules_to_save", Json());
     j.set("peft_type", "LORA").set("r", lora.r).set("rank_pattern", Json::object()).set("revision", Json());
     j.set("target_modules", targets).set("task_type", "CAUSAL_LM").set("use_dora", false).set("use_rslora", lora.rslora);

@@ -3,6 +3,8 @@
 //
 //   epoch e's order = permutation(seed, e); a step = the next -b examples of it, split into passes of whole documents
 //   loss = sum of cross-entropy over the step's targets / their number;  clip;  AdamW on A and B
+#include <new>
+
 #include "kernels/cpu/peak.h"
 #include "train_checkpoint.h"
 
@@ -18,17 +20,20 @@ extern "C" void on_signal(int number) {
 // ---------------------------------------------------------------------------------------------------------------------
 // records of log.jsonl
 
+// Settings as given, then what they came to. How many threads is no part of it: they change no number.
 static Json log_run(const Run& run, const std::string& device) {
     Json j = Json::object();
     j.set("event", "run").set("version", train_llama_version);
-    Json settings = options_to_json(run.o);
-    for (size_t i = 0; i < settings.keys.size(); i++) {
-        j.set(settings.keys[i], settings.items[i]);
+    for (const Json& settings : {options_to_json(run.o), resolved_settings(run)}) {
+        for (size_t i = 0; i < settings.keys.size(); i++) {
+            if (settings.keys[i] != "threads") {
+                j.set(settings.keys[i], settings.items[i]);
+            }
+        }
     }
-    j.set("device", device).set("model_dir", run.model_dir).set("parameters", uint64_t(model_parameters(run.c)));
-    j.set("adapter_parameters", uint64_t(adapter_elements(run.c, run.lora))).set("scale", run.lora.scale());
-    j.set("total_steps", run.steps).set("steps_per_epoch", run.steps_per_epoch).set("warmup_steps", run.warmup);
-    j.set("peak_lr", run.lr).set("template_used", run.form.name()).set("unicode", run.tokenizer.unicode_version);
+    j.set("device", device).set("model_dir", run.model_dir).set("base_sha256", run.base_hash);
+    j.set("parameters", uint64_t(model_parameters(run.c))).set("adapter_parameters", uint64_t(adapter_elements(run.c, run.lora)));
+    j.set("template_used", run.form.name()).set("unicode", run.tokenizer.unicode_version);
     return j;
 }
 
@@ -45,7 +50,7 @@ static Json log_data(const Run& run) {
 static Json log_plan(const Plan& p) {
     Json j = Json::object();
     j.set("event", "plan").set("weights_bytes", p.weights).set("adapter_bytes", p.adapter);
-    j.set("optimizer_bytes", p.optimizer).set("activation_bytes", p.activations).set("workspace_bytes", p.workspace);
+    j.set("optimizer_bytes", p.optimizer).set("activation_bytes", p.activations);  // the workspace goes by the threads
     j.set("pass_tokens", p.pass_tokens).set("recompute", recompute_name(p.recompute));
     return j;
 }
@@ -65,32 +70,34 @@ static void plan_show(Run& run) {
 // ---------------------------------------------------------------------------------------------------------------------
 // evaluation
 
+// false: a signal came in between, there is no result.
 template <class Dev>
-Evaluation evaluate(Run& run, Llama<Dev>& m) {
+bool evaluate(Evaluation& e, Run& run, Llama<Dev>& m) {
     std::vector<size_t> all(run.val.size());
     std::iota(all.begin(), all.end(), size_t(0));
     PassLoss sum;
     Batch b;
     for (const std::vector<size_t>& examples : passes_make(run.val, all, run.plan.pass_tokens, run.o.pack)) {
+        if (stop_signal != 0) {
+            return false;
+        }
         batch_make(b, run.val, examples);
         PassLoss one = llama_loss(m, llama_forward(m, b, 0, 0), false, 1);
         sum.loss += one.loss;
         sum.labels += one.labels;
         sum.correct += one.correct;
     }
-    Evaluation e;
     e.step = run.step;
     e.loss = sum.loss / double(sum.labels);
     e.accuracy = double(sum.correct) / double(sum.labels);
-    return e;
+    return true;
 }
 
 // Validation loss has risen twice in a row while training loss fell: the adapter has begun to learn the examples by heart.
 static void overfitting_warning(Run& run) {
     const std::vector<Evaluation>& e = run.evaluations;
-    size_t n = e.size();
-    if (n < 4 || !(e[n - 1].loss > e[n - 2].loss && e[n - 2].loss > e[n - 3].loss && e[n - 1].train_loss < e[n - 2].train_loss &&
-                   e[n - 2].train_loss < e[n - 3].train_loss)) {
+    const size_t n = e.size();
+    if (n < 3 || !(e[n - 1].loss > e[n - 2].loss && e[n - 2].loss > e[n - 3].loss && e[n - 1].train_loss < e[n - 2].train_loss)) {
         return;
     }
     const Evaluation* best = &e[0];
@@ -103,12 +110,13 @@ static void overfitting_warning(Run& run) {
                            .set("best_loss", best->loss));
 }
 
+// Evaluates when that is due and not yet done at this step. False: the loss is not finite.
 template <class Dev>
-void evaluate_and_log(Run& run, Llama<Dev>& m) {
-    if (run.val.size() == 0 || (!run.evaluations.empty() && run.evaluations.back().step == run.step)) {
-        return;
+bool evaluate_and_log(Run& run, Llama<Dev>& m) {
+    Evaluation e;
+    if (run.val.size() == 0 || (!run.evaluations.empty() && run.evaluations.back().step == run.step) || !evaluate(e, run, m)) {
+        return true;
     }
-    Evaluation e = evaluate(run, m);
     e.train_loss = run.window_steps > 0 ? run.window_loss / double(run.window_steps) : 0;
     run.window_loss = 0;
     run.window_steps = 0;
@@ -118,6 +126,7 @@ void evaluate_and_log(Run& run, Llama<Dev>& m) {
     console_line(run.console, text_format("eval step %lld | loss %.4f | perplexity %.3f | next-token accuracy %.1f %%",
                                           (long long)e.step, e.loss, std::exp(e.loss), 100 * e.accuracy));
     overfitting_warning(run);
+    return std::isfinite(e.loss);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -139,36 +148,59 @@ static void step_log(Run& run, const StepResult& r, double lr, double seconds, d
                                           text_duration(eta).c_str()), run.step == run.steps);
 }
 
-static void diverged_report(Run& run, const StepResult& r, int64_t s) {
+// Ends a run whose step or evaluation is not finite: what, where, which lines. s: the step from 0, -1 before the first.
+static Error diverged(Run& run, const std::string& bad, int64_t s) {
     std::string lines;
-    for (size_t i : step_examples(run, s)) {
-        lines += (lines.empty() ? "" : ", ") + std::to_string(run.train.line[i]);
+    for (size_t i : s >= 0 ? step_examples(run, s) : std::vector<size_t>()) {
+        lines += (lines.empty() ? "" : ", ") + run.train.files[size_t(run.train.file[i])] + ":" + std::to_string(run.train.line[i]);
     }
-    log_event(run.log, Json::object().set("event", "end").set("reason", "diverged").set("steps", run.step).set("bad", r.bad));
-    console_warn(run.console, "step %lld: %s is not finite; no update was made. Lines of the step: %s", (long long)(s + 1),
-                 r.bad.c_str(), lines.c_str());
+    log_event(run.log, Json::object().set("event", "end").set("reason", "diverged").set("steps", run.step).set("bad", bad));
+    std::string where = path_join(run.dir, "checkpoints");
+    Error e = {3, text_format("training diverged at step %lld: %s is not finite", (long long)(s + 1), bad.c_str()), ""};
+    e.what += lines.empty() ? "" : "; the step's lines: " + printable(lines, 1000);
+    return e.hinted("lower --lr, or look at these lines" + (path_exists(where) ? "; the checkpoints before it are in " + where : ""));
 }
 
-// Steps until the end or a signal. The result's code is 0, 3 (diverged) or 128 + signal.
+static bool is_due(const Run& run, int64_t every) {
+    return run.step % (every > 0 ? every : run.steps_per_epoch) == 0 || run.step == run.steps;
+}
+
+// Saves when it is due or a signal came. An Error only for the end of the run: 128 + signal, or 1 when that save failed.
+template <class Dev>
+Error save_or_stop(Run& run, Llama<Dev>& m) {
+    const bool regular = is_due(run, run.o.save_every), stop = stop_signal != 0 && run.step < run.steps;
+    bool saved = run.step == 0 || run.checkpoint.step == run.step || !(regular || stop) || checkpoint_try(run, m, regular);
+    if (!stop) {
+        return {};
+    }
+    log_event(run.log, Json::object().set("event", "end").set("reason", saved ? "signal" : "error").set("steps", run.step));
+    if (!saved) {
+        return runtime_failure("stopped by a signal after step %lld, and that step could not be saved", (long long)run.step)
+            .hinted("an earlier checkpoint may be there: train_llama --resume -o " + run.dir);
+    }
+    return Error{128 + stop_signal, "stopped by a signal after step " + std::to_string(run.step),
+                 "go on with: train_llama --resume -o " + run.dir};
+}
+
+// Steps until the end or a signal. The result's code is 0, 1, 3 (diverged) or 128 + signal.
 template <class Dev>
 Error train_loop(Run& run, Llama<Dev>& m) {
     const Options& o = run.o;
-    const int64_t eval_every = o.eval_every > 0 ? o.eval_every : run.steps_per_epoch;
-    const int64_t save_every = o.save_every > 0 ? o.save_every : run.steps_per_epoch;
-    if (run.step == 0) {
-        evaluate_and_log(run, m);
+    if ((run.step == 0 || is_due(run, o.eval_every)) && !evaluate_and_log(run, m)) {
+        return diverged(run, "validation loss", run.step - 1);
     }
     const double started = seconds_now();
     const int64_t first = run.step;
     while (run.step < run.steps) {
+        if (Error e = stop_signal != 0 ? save_or_stop(run, m) : Error()) {
+            return e;  // came during an evaluation
+        }
         const int64_t s = run.step;
         const double t = seconds_now();
         const StepRates rates = step_rates(run, s);
         StepResult r = train_step(m, run.train, step_examples(run, s), run.plan.pass_tokens, o.pack, s + 1, rates);
         if (!r.bad.empty()) {
-            diverged_report(run, r, s);
-            return Error{3, "training diverged at step " + std::to_string(s + 1),
-                         "lower --lr, or look at the lines named above; the last checkpoint is in " + run.dir + "/checkpoints"};
+            return diverged(run, r.bad, s);
         }
         run.step++;
         if (s == 0 && r.loss > std::log(double(run.c.V)) + 1) {
@@ -181,16 +213,11 @@ Error train_loop(Run& run, Llama<Dev>& m) {
         run.window_steps++;
         const double now = seconds_now();
         step_log(run, r, rates.lr, now - t, (now - started) / double(run.step - first) * double(run.steps - run.step));
-        if (run.step % eval_every == 0 || run.step == run.steps) {
-            evaluate_and_log(run, m);
+        if (is_due(run, o.eval_every) && !evaluate_and_log(run, m)) {
+            return diverged(run, "validation loss", s);
         }
-        if (run.step % save_every == 0 || run.step == run.steps || stop_signal != 0) {
-            checkpoint_try(run, m);
-        }
-        if (stop_signal != 0 && run.step < run.steps) {
-            log_event(run.log, Json::object().set("event", "end").set("reason", "signal").set("steps", run.step));
-            return Error{128 + stop_signal, "stopped by a signal after step " + std::to_string(run.step),
-                         "go on with: train_llama --resume -o " + run.dir};
+        if (Error e = save_or_stop(run, m)) {
+            return e;
         }
     }
     return {};
@@ -228,8 +255,11 @@ static Error model_open(Run& run) {
     for (const std::string& w : run.c.warnings) {
         console_warn(run.console, "%s", w.c_str());
     }
-    if (run.c.name.empty()) {
-        run.c.name = run.o.model.empty() ? "dev/tiny_llama" : run.o.model;
+    run.base_name = run.o.model.empty() ? "dev/tiny_llama" : run.o.model;
+    Json config;  // a resumed run writes the name that its start wrote
+    if (run.checkpoint.step >= 0 && !json_read_file(config, path_join(run.checkpoint.path, "adapter_config.json"))) {
+        const Json* name = config.find("base_model_name_or_path");
+        run.base_name = name != nullptr ? name->string : run.base_name;
     }
     return {};
 }
@@ -312,7 +342,7 @@ static Error dry_run(Run& run) {
                  (long long)run.steps_per_epoch, run.lr, (long long)run.warmup, o.schedule.c_str());
     console_fact(run.console, "speed at most %.0f tok/s (the measured peak of %.0f GFLOP/s; half of it is usual)",
                  tokens / (flops / 1e9 / run.peak_gflops), run.peak_gflops);
-    console_fact(run.console, "dry run: nothing was trained or written");
+    console_fact(run.console, "dry run: nothing was trained, no run directory was made");
     return {};
 }
 
@@ -332,51 +362,38 @@ static void signals_install() {
     struct sigaction action = {};
     action.sa_handler = on_signal;
     for (int number : {SIGINT, SIGTERM, SIGHUP}) {
-        sigaction(number, &action, nullptr);
+        struct sigaction before = {};
+        sigaction(number, nullptr, &before);
+        if (before.sa_handler != SIG_IGN) {  // nohup, and what a shell starts in the background
+            sigaction(number, &action, nullptr);
+        }
     }
 }
 
-// Files and lock of the run directory; with --resume the checkpoint to go on from (step -1: none).
-static Error directory_open(Run& run, Checkpoint& checkpoint) {
-    const Options& o = run.o;
-    if (run.dir.empty()) {
-        run.dir = run_directory_name(path_stem(o.inputs[0]), run.lora.r, false);
-    }
-    if (Error e = run_directory_prepare(run.dir, run.model_dir, o.resume, o.overwrite)) {
-        return e;
-    }
-    if (Error e = run_lock(run.lock, run.dir)) {
-        return e;
-    }
-    if (!o.resume) {
-        return {};
-    }
-    std::vector<std::string> complaints;
-    Error e = checkpoint_newest(checkpoint, complaints, run.dir);
-    for (const std::string& c : complaints) {
-        console_warn(run.console, "%s", c.c_str());
-    }
-    if (!e && checkpoint.step < 0) {
-        console_fact(run.console, "no checkpoint in %s: starting afresh", run.dir.c_str());
-    }
-    return e;
-}
-
-// The execution choices of a checkpoint are used again; a different device or program is said.
-static void execution_restore(Run& run, const Checkpoint& checkpoint, const std::string& tier) {
-    const Json* x = checkpoint.state.find("execution");
+// The execution choices of a checkpoint are used again, unless this command line gives others.
+static void execution_restore(Run& run, const std::string& tier) {
+    const Json* x = run.checkpoint.state.find("execution");
     if (x == nullptr) {
         return;
     }
-    run.plan.pass_tokens = std::max(run.plan.pass_tokens, size_t(state_number(*x, "pass_tokens")));
-    run.plan.pass_tokens = run.o.pass_tokens > 0 ? run.plan.pass_tokens : size_t(state_number(*x, "pass_tokens"));
-    const Json *recompute = x->find("recompute"), *then = x->find("tier");
-    if (recompute != nullptr) {
+    const Json *recompute = x->find("recompute"), *then = x->find("tier"), *version = x->find("program");
+    std::string changed;
+    if (!run.pass_tokens_given) {
+        run.plan.pass_tokens = size_t(state_number(*x, "pass_tokens"));
+    } else if (run.plan.pass_tokens != size_t(state_number(*x, "pass_tokens"))) {
+        changed = "passes of another length";
+    }
+    if (!run.recompute_given && recompute != nullptr) {
         recompute_parse(run.plan.recompute, recompute->string);
     }
     if (then != nullptr && then->string != tier) {
-        console_warn(run.console, "the checkpoint was written on tier %s, this is %s: the same training, no longer the same bits",
-                     printable(then->string).c_str(), tier.c_str());
+        changed = "tier " + printable(then->string) + " then, " + tier + " now";
+    }
+    if (version != nullptr && version->string != train_llama_version) {
+        changed = "version " + printable(version->string) + " then, " + train_llama_version + " now";
+    }
+    if (!changed.empty()) {
+        console_warn(run.console, "%s: the same training, no longer the same bits", changed.c_str());
     }
 }
 
@@ -399,24 +416,35 @@ Error base_open(Run& run, Llama<Dev>& m, const BaseOptions& base) {
     return {};
 }
 
-static std::string rejected_text(const Run& run) {
+static std::string rejected_text(const Dataset& data) {
     std::string text;
-    for (const RejectedLine& r : run.train.bad) {
-        text += json_write(Json::object().set("file", run.train.files[r.file]).set("line", r.line).set("reason", r.reason)
+    for (const RejectedLine& r : data.bad) {
+        text += json_write(Json::object().set("file", data.files[size_t(r.file)]).set("line", r.line).set("reason", r.reason)
                                .set("raw", utf8_replace_invalid(r.raw.data(), r.raw.size(), nullptr))) + "\n";
     }
     return text;
 }
 
+// The last record of the log says that the run ended with this very adapter.
+static bool is_complete(const Run& run) {
+    std::string adapter = path_join(run.dir, "adapter_model.safetensors"), hash;
+    InFile log;
+    if (run.checkpoint.step < run.steps || !path_exists(adapter) || !path_exists(path_join(run.dir, "adapter_config.json")) ||
+        sha256_file(hash, adapter) || file_open(log, path_join(run.dir, "log.jsonl"))) {
+        return false;
+    }
+    std::string tail(size_t(std::min<uint64_t>(log.size, 400)), ' ');
+    Error e = file_pread(log, &tail[0], tail.size(), log.size - tail.size());
+    file_close(log);
+    size_t last = tail.rfind("{\"event\":\"end\"");
+    return !e && last != std::string::npos && tail.find("\"finished\"", last) != std::string::npos &&
+           tail.find(hash, last) != std::string::npos;
+}
+
 // The part of a run that writes: run.json, the log, the loop, the adapter.
 template <class Dev>
-Error run_files(Run& run, Llama<Dev>& m, const Checkpoint& checkpoint, uint64_t keep_log, const std::string& device, double setup) {
+Error run_files(Run& run, Llama<Dev>& m, uint64_t keep_log, const std::string& device, double setup) {
     const double started = seconds_now();
-    std::string adapter = path_join(run.dir, "adapter_model.safetensors");
-    if (checkpoint.step >= run.steps && path_exists(adapter) && path_exists(path_join(run.dir, "adapter_config.json"))) {
-        console_fact(run.console, "already complete: the adapter is in %s", run.dir.c_str());
-        return {};
-    }
     if (Error e = file_replace(path_join(run.dir, "run.json"), json_write(options_to_json(run.o), 2) + "\n")) {
         return e;
     }
@@ -428,8 +456,8 @@ Error run_files(Run& run, Llama<Dev>& m, const Checkpoint& checkpoint, uint64_t 
         log_event(run.log, log_data(run));
         log_event(run.log, log_plan(run.plan));
     }
-    if (run.train.bad.size() > 0) {
-        if (Error e = file_replace(path_join(run.dir, "rejected.jsonl"), rejected_text(run))) {
+    if (!run.train.bad.empty() || !run.val.bad.empty()) {
+        if (Error e = file_replace(path_join(run.dir, "rejected.jsonl"), rejected_text(run.train) + rejected_text(run.val))) {
             return e;
         }
     }
@@ -448,7 +476,58 @@ Error run_files(Run& run, Llama<Dev>& m, const Checkpoint& checkpoint, uint64_t 
     return {};
 }
 
-// From data and model to the end of the run.
+// Data, length and schedule, memory plan: all that a dry run shows. *longest: tokens of the longest example.
+template <class Dev>
+Error data_and_plan(Run& run, Dev& dev, const BaseOptions& base, size_t* longest) {
+    const Options& o = run.o;
+    if (Error e = data_read(run)) {
+        return e;
+    }
+    data_report(run);
+    if (Error e = schedule_settings(run)) {
+        return e;
+    }
+    size_t most;
+    data_extent(run, longest, &most);
+    Error e = plan_choose(run.plan, dev, run.c, run.lora, base, *longest, most, o.pass_tokens, o.recompute, machine_memory());
+    if (run.checkpoint.step >= 0) {
+        execution_restore(run, dev.isa->name);
+        plan_fill(run.plan, dev, run.c, run.lora, base, *longest);
+    }
+    if (run.plan.pass_tokens > 0) {
+        plan_show(run);
+    }
+    return e;
+}
+
+// Base, adapter and activations; a resumed run's state. *keep_log: bytes of the log that stay.
+template <class Dev>
+Error model_ready(Run& run, Llama<Dev>& m, const BaseOptions& base, size_t longest, uint64_t* keep_log) {
+    if (Error e = base_open(run, m, base)) {
+        return e;
+    }
+    untrained_rows_warning(run, m);
+    llama_adapter_create(m, run.lora);
+    llama_activations_create(m, run.plan.pass_tokens, longest, run.plan.recompute, true);
+    m.dropout_seed = run.o.seed;
+    *keep_log = 0;
+    if (run.checkpoint.step < 0 && run.o.init_adapter.empty()) {
+        llama_adapter_init(m, run.o.seed);
+        return {};
+    }
+    if (run.checkpoint.step < 0) {
+        return adapter_load(m, run.o.init_adapter);
+    }
+    Error e = state_restore(run, keep_log);
+    e = e ? e : checkpoint_restore(m, run.checkpoint);
+    if (!e) {
+        console_fact(run.console, "going on after step %lld of %lld (%s)", (long long)run.step, (long long)run.steps,
+                     run.checkpoint.path.c_str());
+    }
+    return e;
+}
+
+// From data and model to the end of the run. The run directory is touched only once everything has been read.
 template <class Dev>
 Error train(Run& run, Dev& dev) {
     const Options& o = run.o;
@@ -457,60 +536,29 @@ Error train(Run& run, Dev& dev) {
     const std::string device = text_format("cpu, %s", dev.isa->name);
     run.peak_gflops = cpu_peak_gflops(dev);
     banner(run, device, dev.threads);
-    if (Error e = data_read(run)) {
-        return e;
-    }
-    data_report(run);
-    if (Error e = schedule_settings(run)) {
-        return e;
-    }
-    size_t longest, most;
-    data_extent(run, &longest, &most);
-    if (Error e = plan_choose(run.plan, dev, run.c, run.lora, base, longest, most, o.pass_tokens, o.recompute, machine_memory())) {
-        return e;
-    }
+    size_t longest;
+    Error e = data_and_plan(run, dev, base, &longest);
     if (o.dry_run) {
-        plan_show(run);
-        return dry_run(run);
-    }
-    Checkpoint checkpoint;
-    if (Error e = directory_open(run, checkpoint)) {
-        return e;
-    }
-    if (checkpoint.step >= 0) {
-        execution_restore(run, checkpoint, dev.isa->name);
-        plan_fill(run.plan, dev, run.c, run.lora, base, longest);
-    }
-    plan_show(run);
-    if (Error e = checkpoint_preflight(run.dir, 3 * adapter_elements(run.c, run.lora) * 4)) {
-        return e;
+        return e ? e : dry_run(run);
     }
     Llama<Dev> m;
     m.dev = dev;
-    if (Error e = base_open(run, m, base)) {
-        return e;
+    uint64_t keep_log;
+    e = e ? e : model_ready(run, m, base, longest, &keep_log);
+    if (!e && is_complete(run)) {
+        console_fact(run.console, "already complete: the adapter is in %s", run.dir.c_str());
+        return {};
     }
-    untrained_rows_warning(run, m);
-    llama_adapter_create(m, run.lora);
-    llama_activations_create(m, run.plan.pass_tokens, longest, run.plan.recompute, true);
-    m.dropout_seed = o.seed;
-    uint64_t keep_log = 0;
-    if (checkpoint.step >= 0) {
-        if (Error e = state_restore(run, checkpoint, &keep_log)) {
-            return e;
-        }
-        if (Error e = checkpoint_restore(m, checkpoint)) {
-            return e;
-        }
-        console_fact(run.console, "going on after step %lld of %lld (%s)", (long long)run.step, (long long)run.steps, checkpoint.path.c_str());
-    } else if (o.init_adapter.empty()) {
-        llama_adapter_init(m, o.seed);
-    } else if (Error e = adapter_load(m, o.init_adapter)) {
-        return e;
+    e = e ? e : run_directory_prepare(run.dir, run.model_dir, o.resume, o.overwrite);
+    e = e || run.lock.fd >= 0 ? e : run_lock(run.lock, run.dir);
+    e = e ? e : checkpoint_preflight(run.dir, 3 * adapter_elements(run.c, run.lora) * 4);
+    if (!e) {
+        console_fact(run.console, "run directory %s", run.dir.c_str());
+        console_fact(run.console, "%lld steps of up to %d examples, %lld an epoch; peak rate %.3g after %lld steps of warm-up, %s",
+                     (long long)run.steps, o.batch, (long long)run.steps_per_epoch, run.lr, (long long)run.warmup, o.schedule.c_str());
+        e = run_files(run, m, keep_log, device, seconds_now() - started);
     }
-    Error e = run_files(run, m, checkpoint, keep_log, device, seconds_now() - started);
     log_close(run.log);
-    run_unlock(run.lock);
     llama_free(m);
     return e;
 }
@@ -518,10 +566,10 @@ Error train(Run& run, Dev& dev) {
 // ---------------------------------------------------------------------------------------------------------------------
 // --benchmark: timed steps on random tokens
 
-static void benchmark_data(Run& run) {
+static void benchmark_data(Run& run, int documents) {
     const size_t T = run.max_tokens;
     Dataset& d = run.train;
-    for (int i = 0; i < run.o.batch; i++) {
+    for (int i = 0; i < documents; i++) {
         for (size_t t = 0; t < T; t++) {
             d.ids.push_back(int32_t(random_below(run.o.seed, STREAM_TOKENS, uint64_t(i), t, uint64_t(run.c.V))));
             d.targets.push_back(t > 0);
@@ -537,12 +585,15 @@ Error benchmark(Run& run, Dev& dev) {
     const BaseOptions base = {o.quant == "nf4", o.double_quant};
     run.peak_gflops = cpu_peak_gflops(dev);
     banner(run, text_format("cpu, %s", dev.isa->name), dev.threads);
-    benchmark_data(run);
-    if (Error e = plan_choose(run.plan, dev, run.c, run.lora, base, run.max_tokens, run.max_tokens * size_t(o.batch), o.pass_tokens,
-                              o.recompute, machine_memory())) {
-        return e;
+    Error plan = plan_choose(run.plan, dev, run.c, run.lora, base, run.max_tokens, run.max_tokens * size_t(o.batch), o.pass_tokens,
+                             o.recompute, machine_memory());
+    if (run.plan.pass_tokens > 0) {
+        plan_show(run);
     }
-    plan_show(run);
+    if (plan) {
+        return plan;
+    }
+    benchmark_data(run, o.batch);
     Llama<Dev> m;
     m.dev = dev;
     if (Error e = base_open(run, m, base)) {
@@ -595,14 +646,19 @@ Error shape_plan(Run& run, Dev& dev) {
     }
     run.peak_gflops = cpu_peak_gflops(dev);
     banner(run, text_format("cpu, %s", dev.isa->name), dev.threads);
-    benchmark_data(run);
     const BaseOptions base = {o.quant == "nf4", o.double_quant};
     const size_t most = run.max_tokens * size_t(o.batch);
     Error e = plan_choose(run.plan, dev, run.c, run.lora, base, run.max_tokens, most, o.pass_tokens, o.recompute, machine_memory());
-    plan_show(run);
-    if (e) {
+    if (run.plan.pass_tokens > 0) {
+        plan_show(run);
+    }
+    if (e && e.code != 1) {
         return e;
     }
+    if (e) {  // a plan is what was asked for; that it does not fit here is part of it
+        console_warn(run.console, "%s", e.what.c_str());
+    }
+    benchmark_data(run, 1);
     Batch b;
     batch_make(b, run.train, {0});
     console_fact(run.console, "speed at most %.2f tok/s (the measured peak of %.0f GFLOP/s; half of it is usual)",
@@ -632,24 +688,32 @@ static Error device_settings(const Options& o) {
     if (o.math != "auto" && o.math != "fp32") {
         return bad_input("--math %s: this version computes in fp32 only", o.math.c_str()).hinted("leave out --math");
     }
-    if (!o.dump_data.empty() && !o.dry_run) {
-        return bad_input("--dump-data needs --dry-run");
-    }
     return {};
 }
 
-// --resume: the directory, and the settings of its run.json where the command line gives none.
-static Error resume_settings(Run& run) {
+// The run directory's name; with --resume its settings where the command line gives none, and the checkpoint to go on from.
+static Error directory_settings(Run& run) {
     Options& o = run.o;
     run.dir = o.output;
+    LoraConfig from = {};
+    from.r = o.rank;
+    if (run.dir.empty() && !o.init_adapter.empty()) {  // the rank in the name is the adapter's
+        if (Error e = adapter_config_read(from, o.init_adapter)) {
+            return e;
+        }
+    }
     if (!o.resume) {
+        run.dir = run.dir.empty() && !o.inputs.empty() ? run_directory_name(path_stem(o.inputs[0]), from.r, false) : run.dir;
         return {};
     }
+    run.pass_tokens_given = o.has("pass-tokens");
+    run.recompute_given = o.has("recompute");
     if (run.dir.empty()) {
-        run.dir = run_directory_name(path_stem(o.inputs[0]), o.rank, true);
+        run.dir = run_directory_name(path_stem(o.inputs[0]), from.r, true);
+        run.dir = run.dir.empty() ? run_directory_name(path_stem(o.inputs[0]), from.r, false) : run.dir;
     }
     std::string path = path_join(run.dir, "run.json");
-    if (!run.dir.empty() && path_exists(path)) {
+    if (path_exists(path)) {
         Json j;
         if (Error e = json_read_file(j, path)) {
             return e;
@@ -661,37 +725,70 @@ static Error resume_settings(Run& run) {
     if (o.inputs.empty()) {
         return bad_input("--resume: %s holds no run, and there is no -i to start one", run.dir.c_str());
     }
-    return {};
+    if (!path_exists(run.dir)) {
+        console_fact(run.console, "no checkpoint in %s: starting afresh", run.dir.c_str());
+        return {};
+    }
+    if (Error e = o.dry_run ? Error() : run_lock(run.lock, run.dir)) {
+        return e;
+    }
+    std::vector<std::string> complaints;
+    Error e = checkpoint_newest(run.checkpoint, complaints, run.dir);
+    for (const std::string& c : complaints) {
+        console_warn(run.console, "%s", c.c_str());
+    }
+    if (!e && run.checkpoint.step < 0) {
+        console_fact(run.console, "no checkpoint in %s: starting afresh", run.dir.c_str());
+    }
+    return e;
+}
+
+static bool is_within(const std::string& path, const std::string& dir) {
+    char *a = realpath(path.c_str(), nullptr), *b = realpath(dir.c_str(), nullptr);
+    std::string inner = a ? a : "", outer = b ? b : "/nowhere";
+    free(a);
+    free(b);
+    return inner == outer || inner.rfind(outer + "/", 0) == 0;
+}
+
+// What must not be written over: an earlier run without leave, the model, the adapter started from, the data.
+static Error outputs_check(const Run& run) {
+    const Options& o = run.o;
+    if (!o.dump_data.empty()) {
+        for (const std::string& in : o.inputs) {
+            if (is_within(in, o.dump_data)) {
+                return bad_input("--dump-data %s is the input itself", o.dump_data.c_str()).hinted("give another file");
+            }
+        }
+    }
+    if (o.dry_run || o.benchmark > 0) {
+        return {};
+    }
+    if (o.overwrite && !o.init_adapter.empty() && is_within(o.init_adapter, run.dir)) {
+        return bad_input("--init-adapter %s lies in the run directory that --overwrite replaces", o.init_adapter.c_str())
+            .hinted("give another directory with -o");
+    }
+    return run.lock.fd >= 0 ? Error() : run_directory_check(run.dir, run.model_dir, o.resume, o.overwrite);
 }
 
 static Error program(Run& run, int argc, char** argv) {
     bool done = false;
-    if (Error e = options_parse(run.o, &done, argc, argv)) {
-        return e;
-    }
-    if (done) {
-        return {};
-    }
-    if (Error e = launcher_check()) {
-        return e;
-    }
-    if (Error e = device_settings(run.o)) {
+    Error e = options_parse(run.o, &done, argc, argv);
+    if (e || done) {
         return e;
     }
     console_open(run.console, run.o.quiet);
     char exe[4096];
     ssize_t n = readlink("/proc/self/exe", exe, sizeof(exe) - 1);
     run.exe_dir = path_directory(n > 0 ? std::string(exe, size_t(n)) : std::string(argv[0]));
-    if (Error e = resume_settings(run)) {
-        return e;
-    }
-    if (Error e = model_open(run)) {
-        return e;
-    }
-    if (Error e = lora_settings(run)) {
-        return e;
-    }
-    if (Error e = length_settings(run)) {
+    e = launcher_check();
+    e = e ? e : device_settings(run.o);
+    e = e ? e : directory_settings(run);
+    e = e ? e : model_open(run);
+    e = e ? e : lora_settings(run);
+    e = e ? e : length_settings(run);
+    e = e ? e : outputs_check(run);
+    if (e) {
         return e;
     }
     Cpu<float> dev;
@@ -700,22 +797,30 @@ static Error program(Run& run, int argc, char** argv) {
         return bad_input("TRAIN_LLAMA_CPU names a tier that is unknown or that this processor lacks")
             .hinted("unset it, or set it to ref, avx2 or avx512");
     }
+    run.threads = dev.threads;
     if (run.o.benchmark > 0) {
         return benchmark(run, dev);
     }
     if (is_shape(run.o)) {
         return shape_plan(run, dev);
     }
-    if (Error e = text_open(run)) {
-        return e;
-    }
-    return train(run, dev);
+    e = text_open(run);
+    return e ? e : train(run, dev);
 }
 
 int main(int argc, char** argv) {
     signal(SIGPIPE, SIG_IGN);  // a reader of our output that goes away must not end the training
     Run run;
-    Error e = program(run, argc, argv);
+    Error e;
+    try {
+        e = program(run, argc, argv);
+    } catch (const std::bad_alloc&) {
+        e = runtime_failure("out of memory").hinted("fewer or shorter examples, a smaller model; --dry-run shows the plan");
+    }
+    if (run.lock.fd >= 0) {
+        run_unlock(run.lock);
+        rmdir(run.dir.c_str());  // only succeeds when nothing was written there
+    }
     if (e.code >= 128) {  // stopped after saving: not an error of anyone's
         console_fact(run.console, "%s", e.what.c_str());
         console_fact(run.console, "%s", e.hint.c_str());

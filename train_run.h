@@ -40,8 +40,14 @@ struct Run {
     double lr = 0;
     std::string base_hash;
     double peak_gflops = 0;        // measured on this machine, for mfu
+    std::string base_name;         // of the base in adapter_config.json: -m as given when the run was started
+    int threads = 1;
+    std::vector<size_t> order;     // of the examples of epoch order_epoch
+    int64_t order_epoch = -1;
     RunLog log;
     RunLock lock;
+    Checkpoint checkpoint;         // resumed from; step -1: none
+    bool pass_tokens_given = false, recompute_given = false;  // on this command line, not by the run resumed
     // what a checkpoint carries beside tensors
     int64_t step = 0;              // steps done
     std::vector<Evaluation> evaluations;
@@ -53,7 +59,18 @@ inline double seconds_now() {
     return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-inline uint64_t machine_memory() { return uint64_t(sysconf(_SC_PHYS_PAGES)) * uint64_t(sysconf(_SC_PAGESIZE)); }
+// Of the machine, or of the control group that the process may use.
+inline uint64_t machine_memory() {
+    uint64_t bytes = uint64_t(sysconf(_SC_PHYS_PAGES)) * uint64_t(sysconf(_SC_PAGESIZE));
+    if (FILE* f = fopen("/sys/fs/cgroup/memory.max", "r")) {
+        unsigned long long limit = 0;
+        if (fscanf(f, "%llu", &limit) == 1 && limit > 0) {  // the file says "max" when there is none
+            bytes = std::min<uint64_t>(bytes, limit);
+        }
+        fclose(f);
+    }
+    return bytes;
+}
 
 inline uint64_t peak_memory() {  // of this process, bytes
     struct rusage usage = {};
@@ -76,24 +93,19 @@ inline std::string default_model(const Run& run) {
 
 inline bool is_shape(const Options& o) { return o.model.rfind("shape:", 0) == 0; }
 
-inline Error targets_parse(LoraConfig& lora, const std::string& list) {
+// The list was checked with the other options.
+inline void targets_parse(LoraConfig& lora, const std::string& list) {
     std::fill(lora.target, lora.target + MODULES, false);
     for (size_t at = 0; at <= list.size();) {
         size_t comma = std::min(list.find(',', at), list.size());
         std::string word = list.substr(at, comma - at);
-        bool known = false;
         for (int m = 0; m < MODULES; m++) {
             if (word == "all" || word == module_name[m] || (word == "attention" && m <= O_PROJ) || (word == "mlp" && m > O_PROJ)) {
-                lora.target[m] = known = true;
+                lora.target[m] = true;
             }
-        }
-        if (!known) {
-            return bad_input("--targets: unknown module '%s'", printable(word).c_str())
-                .hinted("all, attention, mlp, or names: q_proj k_proj v_proj o_proj gate_proj up_proj down_proj");
         }
         at = comma + 1;
     }
-    return {};
 }
 
 inline Error lora_settings(Run& run) {
@@ -101,10 +113,12 @@ inline Error lora_settings(Run& run) {
     run.lora.r = o.rank;
     run.lora.alpha = o.alpha;
     run.lora.rslora = o.rslora;
-    if (Error e = targets_parse(run.lora, o.targets)) {
-        return e;
-    }
-    if (!o.init_adapter.empty()) {
+    targets_parse(run.lora, o.targets);
+    if (run.checkpoint.step >= 0) {  // holds what --init-adapter, if there was one, brought
+        if (Error e = adapter_config_read(run.lora, run.checkpoint.path)) {
+            return e;
+        }
+    } else if (!o.init_adapter.empty()) {
         LoraConfig wanted = run.lora;
         if (Error e = adapter_config_read(run.lora, o.init_adapter)) {
             return e;
@@ -120,7 +134,7 @@ inline Error lora_settings(Run& run) {
             }
         }
     }
-    run.lora.dropout = float(o.dropout);
+    run.lora.dropout = o.dropout;
     int limit = 1 << 30;
     for (int m = 0; m < MODULES; m++) {
         if (run.lora.target[m]) {
@@ -156,7 +170,7 @@ inline Error length_settings(Run& run) {
 inline Error schedule_settings(Run& run) {
     const Options& o = run.o;
     run.steps_per_epoch = int64_t((run.train.size() + o.batch - 1) / o.batch);
-    run.steps = o.steps > 0 ? o.steps : int64_t(std::ceil(o.epochs * double(run.steps_per_epoch)));
+    run.steps = o.steps > 0 ? o.steps : int64_t(std::ceil(o.epochs * double(run.steps_per_epoch) * (1 - 1e-12)));  // 1.1 x 50 is 55, not 56
     run.warmup = o.warmup >= 0 ? o.warmup : int64_t(std::ceil(0.03 * double(run.steps)));
     if (run.warmup > run.steps) {
         return bad_input("--warmup %lld is longer than the run (found %lld steps)", (long long)run.warmup, (long long)run.steps)
@@ -197,7 +211,7 @@ inline Error data_read(Run& run) {
     d.skip_bad = o.skip_bad;
     d.replace_bad_utf8 = o.bad_utf8 == "replace";
     d.max_line_bytes = size_t(o.max_line) << 20;
-    d.threads = o.threads;
+    d.threads = run.threads;
     if (Error e = dataset_load(run.train, o.inputs, run.tokenizer, d)) {
         return e;
     }
@@ -237,25 +251,27 @@ inline void data_report(Run& run) {
             console_warn(run.console, "%s", w.c_str());
         }
     }
-    console_fact(run.console, "held-out data: %s%s", run.val_source.c_str(),
-                 run.val.size() > 0 ? text_format(", %s examples, %s targets", text_count(run.val.size()).c_str(),
-                                                  text_count(run.val.target_tokens).c_str()).c_str() : "");
+    const Dataset& v = run.val;
+    std::string counts = v.size() == 0 ? "" : ", " + text_count(v.size()) + " examples, " + text_count(v.target_tokens) + " targets";
+    const std::pair<size_t, const char*> lost[] = {{v.rejected, "rejected"}, {v.dropped_without_target, "dropped"}, {v.truncated, "cut"}};
+    for (const auto& l : lost) {
+        counts += l.first > 0 ? ", " + text_count(l.first) + " " + l.second : "";
+    }
+    console_fact(run.console, "held-out data: %s%s", run.val_source.c_str(), counts.c_str());
 }
 
 // The examples of step s (0, 1, ...): the next -b of its epoch's order. The last step of an epoch may hold fewer.
-inline std::vector<size_t> step_examples(const Run& run, int64_t s) {
+inline std::vector<size_t> step_examples(Run& run, int64_t s) {
     const size_t n = run.train.size(), batch = size_t(run.o.batch);
     const int64_t epoch = s / run.steps_per_epoch;
-    static thread_local int64_t cached_epoch = -1;
-    static thread_local std::vector<size_t> order;
-    if (cached_epoch != epoch || order.size() != n) {
-        order.resize(n);
-        std::iota(order.begin(), order.end(), size_t(0));
+    if (run.order_epoch != epoch) {
+        run.order.resize(n);
+        std::iota(run.order.begin(), run.order.end(), size_t(0));
         if (run.o.shuffle) {
-            order = random_permutation(n, run.o.seed, STREAM_ORDER, uint64_t(epoch));
+            run.order = random_permutation(n, run.o.seed, STREAM_ORDER, uint64_t(epoch));
         }
-        cached_epoch = epoch;
+        run.order_epoch = epoch;
     }
     size_t first = size_t(s % run.steps_per_epoch) * batch;
-    return {order.begin() + first, order.begin() + std::min(n, first + batch)};
+    return {run.order.begin() + first, run.order.begin() + std::min(n, first + batch)};
 }

@@ -69,7 +69,7 @@ void plan_fill(Plan& p, Dev& dev, const LlamaConfig& c, const LoraConfig& lora, 
     p.workspace = plan_workspace(dev, c, lora, base, p.pass_tokens, longest);
 }
 
-// The largest pass of at most 2048 tokens (or the longest example) that fits into 80 % of the memory without
+// The largest pass of at most 2048 tokens (or the longest example) that fits into 70 % of the memory without
 // recomputation; if not even the longest example does, the cheapest recomputation that makes it fit. What the user gave
 // (pass_tokens > 0, recompute not auto) stands. most: tokens of the largest step: longer passes would stay empty.
 template <class Dev>
@@ -94,7 +94,7 @@ Error plan_choose(Plan& p, Dev& dev, const LlamaConfig& c, const LoraConfig& lor
             p.pass_tokens = n;
             p.recompute = way;
             plan_fill(p, dev, c, lora, base, longest);
-            if (p.total() <= memory / 10 * 8) {
+            if (p.total() - p.workspace <= memory / 10 * 7) {  // the workspace grows with the threads, which must not decide
                 return {};
             }
         }
@@ -102,7 +102,7 @@ Error plan_choose(Plan& p, Dev& dev, const LlamaConfig& c, const LoraConfig& lor
     if (p.total() > memory) {
         return runtime_failure("the run needs %.1f GB of memory, the machine has %.1f GB (weights %.1f, activations %.1f)",
                                double(p.total()) / 1e9, double(memory) / 1e9, double(p.weights) / 1e9, double(p.activations) / 1e9)
-            .hinted("a smaller model, --quant nf4, or shorter examples (-t)");
+            .hinted(base.nf4 ? "a smaller model, or shorter examples (-t)" : "a smaller model, --quant nf4, or shorter examples (-t)");
     }
     return {};
 }
@@ -119,7 +119,7 @@ struct StepResult {
     double grad_norm = 0;      // before clipping
     size_t tokens = 0, targets = 0;
     double flops = 0;
-    std::string bad;           // what is not finite; then there was no update
+    std::string bad;           // what is not finite: loss and gradient before the update (then there was none), or A and B after
 };
 
 // step counts from 1. The loss is divided by the targets of all passes together, known before the first of them.
@@ -136,7 +136,7 @@ StepResult train_step(Llama<Dev>& m, const Dataset& data, const std::vector<size
     Batch b;
     for (const std::vector<size_t>& one : passes) {
         batch_make(b, data, one);
-        Pass<Dev> p = llama_forward(m, b, uint32_t(step), m.adapter.lora.dropout);
+        Pass<Dev> p = llama_forward(m, b, uint32_t(step), float(m.adapter.lora.dropout));
         r.loss += llama_loss(m, p, true, 1 / double(r.targets)).loss;
         llama_backward(m, p);
         r.flops += pass_flops(m.c, m.adapter.lora, b);
@@ -157,5 +157,8 @@ StepResult train_step(Llama<Dev>& m, const Dataset& data, const std::vector<size
     a.step = step;
     a.grad_scale = rates.clip > 0 ? std::min(1.0, rates.clip / (r.grad_norm + 1e-6)) : 1;  // as torch's clip_grad_norm_
     llama_update(m, a);
+    if (first_nonfinite(m.dev, m.adapter.p, m.adapter.size) < m.adapter.size) {
+        r.bad = "adapter";
+    }
     return r;
 }

@@ -12,6 +12,9 @@ static Error dump(const std::string& model, const std::string& adapter, const st
                   const BaseOptions& base, bool memory) {
     Llama<Cpu<float>> m;
     device_open(m.dev, 0);
+    if (m.dev.isa == nullptr) {
+        return bad_input("TRAIN_LLAMA_CPU names a tier that is unknown or that this processor lacks");
+    }
     std::string hash;
     std::vector<std::string> warnings;
     LoraConfig lora;
@@ -48,6 +51,9 @@ static Error dump(const std::string& model, const std::string& adapter, const st
     for (size_t i = 0; i < N; i++) {
         b.positions.push_back(int32_t(i));
         rows.push_back(int32_t(i));
+        if (b.tokens[i] < 0 || b.tokens[i] >= m.c.V) {
+            return bad_input("%s: token %d at %zu is outside the vocabulary of %d", in.c_str(), b.tokens[i], i, m.c.V);
+        }
     }
     b.labels.assign(N, -1);
     b.example.assign(N, 0);

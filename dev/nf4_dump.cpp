@@ -1,5 +1,6 @@
 // nf4_dump IN.f32 OUT.safetensors: quantises a file of raw little-endian floats as one flat tensor and writes
-//   codes U8 [(n + 1) / 2]   absmax F32 [blocks]   absmax8 U8 [blocks]   absmax2 F32 [(blocks + 255) / 256]   offset F32 [1]
+//   codes U8 [(n + 1) / 2]   absmax F32 [blocks]   absmax8 U8 [blocks]   absmax2 F32 [(blocks + 255) / 256]
+//   offset F32 [1]
 // so that a script can compare with what bitsandbytes makes of the same numbers.
 #include <cstdio>
 #include <cstring>

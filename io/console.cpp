@@ -1,7 +1,9 @@
 #include "io/console.h"
 
+#include <sys/ioctl.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdarg>
 #include <cstdio>
 
@@ -66,7 +68,10 @@ void console_live(Console& console, const std::string& line, bool last) {
         fputs((line + "\n").c_str(), stdout);
         return;
     }
-    fputs(("\r" + line + "\x1b[K").c_str(), stdout);  // ESC [ K clears what a longer line left behind
+    struct winsize size = {};  // a line that wraps could not be redrawn; the live line is ASCII, so bytes are columns
+    bool known = ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 1;
+    std::string shown = line.substr(0, known ? size_t(size.ws_col) - 1 : std::string::npos);
+    fputs(("\r" + shown + "\x1b[K").c_str(), stdout);  // ESC [ K clears what a longer line left behind
     console.live = true;
     if (last) {
         live_finish(console);

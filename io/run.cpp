@@ -611,24 +611,31 @@ static Error remove_run(const std::string& dir, const std::vector<std::string>& 
     return dir_sync(dir);
 }
 
-Error run_directory_prepare(const std::string& dir, const std::string& model_dir, bool resume, bool overwrite) {
-    if (!model_dir.empty() && real_path(dir) == real_path(model_dir)) {
-        return bad_input("%s: is the model's own directory", shown(dir).c_str()).hinted("give another one with -o");
-    }
+// The names in dir but for the lock; none when there is no dir yet.
+static Error run_names(std::vector<std::string>& names, const std::string& dir) {
+    names.clear();
     if (!path_exists(dir)) {
-        return dir_create(dir);
+        return {};
     }
     if (!path_is_directory(dir)) {
         return bad_input("%s: is not a directory", shown(dir).c_str()).hinted("give another one with -o");
     }
-    if (Error e = check_unlocked(dir)) {
-        return e;
+    Error e = dir_list(names, dir);
+    names.erase(std::remove(names.begin(), names.end(), ".lock"), names.end());
+    return e;
+}
+
+Error run_directory_check(const std::string& dir, const std::string& model_dir, bool resume, bool overwrite) {
+    if (!model_dir.empty() && real_path(dir) == real_path(model_dir)) {
+        return bad_input("%s: is the model's own directory", shown(dir).c_str()).hinted("give another one with -o");
     }
     std::vector<std::string> names;
-    if (Error e = dir_list(names, dir)) {
+    if (Error e = run_names(names, dir)) {
         return e;
     }
-    names.erase(std::remove(names.begin(), names.end(), ".lock"), names.end());
+    if (Error e = path_exists(dir) ? check_unlocked(dir) : Error()) {
+        return e;
+    }
     std::string foreign;
     if (Error e = find_foreign(foreign, dir, names)) {
         return e;
@@ -642,13 +649,22 @@ Error run_directory_prepare(const std::string& dir, const std::string& model_dir
                                 "directory with -o"
                               : "give an empty or new directory with -o");
     }
-    if (overwrite) {
-        return remove_run(dir, names);
-    }
-    if (has_run && !resume) {
+    if (has_run && !resume && !overwrite) {
         bool finished = std::find(names.begin(), names.end(), "adapter_model.safetensors") != names.end();
         return bad_input("%s: holds %s run", shown(dir).c_str(), finished ? "a finished" : "an earlier")
             .hinted("--resume goes on with it, --overwrite replaces it, another -o leaves it alone");
     }
     return {};
+}
+
+Error run_directory_prepare(const std::string& dir, const std::string& model_dir, bool resume, bool overwrite) {
+    if (Error e = run_directory_check(dir, model_dir, resume, overwrite)) {
+        return e;
+    }
+    if (!path_exists(dir)) {
+        return dir_create(dir);
+    }
+    std::vector<std::string> names;
+    Error e = run_names(names, dir);
+    return e || !overwrite ? e : remove_run(dir, names);
 }

@@ -55,6 +55,7 @@ Error checkpoint_preflight(const std::string& run_dir, uint64_t bytes);
 
 // runs/<stem>-r<rank>-<k>: the first free k (resume: the highest that exists; "" when there is none).
 std::string run_directory_name(const std::string& stem, int rank, bool resume);
-// Refuses a directory that holds a run (or anything else) unless resume or overwrite; overwrite removes exactly the
-// files that a run writes, and refuses when something else is there.
+// Refuses the model's directory, and one that holds a run (or anything else) unless resume or overwrite. Changes nothing.
+Error run_directory_check(const std::string& dir, const std::string& model_dir, bool resume, bool overwrite);
+// The same check; then makes the directory, or with overwrite removes exactly the files that a run writes.
 Error run_directory_prepare(const std::string& dir, const std::string& model_dir, bool resume, bool overwrite);

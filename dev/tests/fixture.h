@@ -106,7 +106,7 @@ void fixture_close(Fixture<Dev>& f) {
 template <class Dev>
 double fixture_gradient(Llama<Dev>& m, const Batch& b, size_t n, uint32_t step = 1) {
     llama_zero_gradients(m);
-    Pass<Dev> p = llama_forward(m, b, step, m.adapter.lora.dropout);
+    Pass<Dev> p = llama_forward(m, b, step, float(m.adapter.lora.dropout));
     double loss = llama_loss(m, p, true, 1 / double(n)).loss / double(n);
     llama_backward(m, p);
     return loss;

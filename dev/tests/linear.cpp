@@ -78,8 +78,8 @@ struct Shape {
     size_t pad;  // of the output's row stride
 };
 
-// Holes, mixed ranks, every store, and sizes that are no multiple of anything: blocks that straddle rows, rows that begin
-// inside a byte, reductions longer than one block of the engine.
+// Holes, mixed ranks, every store, and sizes that are no multiple of anything: blocks that straddle rows, rows that
+// begin inside a byte, reductions longer than one block of the engine.
 const std::vector<Shape>& shapes() {
     static const std::vector<Shape> list = {
         {"one row", 1, 64, PLAIN, {{64, 4, Store::NF4, true}}, 0, NONE, 0},
@@ -652,9 +652,10 @@ void linear_rows_bitwise() {
                     run_forward(dev, alone, p);
                     run_backward(dev, alone, p, true);
                     bool same = true;
+                    const float* out = alone.out.data();
                     for (size_t i = 0; i < n; i++) {
                         size_t j = first + i;
-                        same = same && memcmp(alone.out.data() + i * stride, whole.out.data() + j * stride, OC * 4) == 0;
+                        same = same && memcmp(out + i * stride, whole.out.data() + j * stride, OC * 4) == 0;
                         same = same && memcmp(alone.xa.data() + i * R, whole.xa.data() + j * R, R * 4) == 0;
                         same = same && memcmp(alone.din.data() + i * C, whole.din.data() + j * C, C * 4) == 0;
                     }

@@ -42,8 +42,8 @@ Matrix flat_matrix(const Quantised& q, size_t n) {
     return m;
 }
 
-// The decision thresholds of bitsandbytes' CPU back end: the fp32 midpoints between neighbouring codes, computed with numpy.
-// A value above one takes the code above.
+// The decision thresholds of bitsandbytes' CPU back end: the fp32 midpoints between neighbouring codes, computed with
+// numpy. A value above one takes the code above.
 const float thresholds[15] = {
     -0.848096371f, -0.610632896f, -0.45999527f, -0.33967942f, -0.234607399f,
     -0.137911737f, -0.0455250181f, 0.0397901498f, 0.120255247f, 0.203521252f,
@@ -97,8 +97,8 @@ void nf4_layout() {
     tiny[0] = 1e-40f;
     tiny[1] = -1e-40f;
     q = quantise(tiny);
-    CHECK(q.code(0) == 7 && q.code(1) == 7 && q.code(2) == 7 && q.absmax[0] == 1e-40f, "subnormal block: codes %d %d %d",
-          q.code(0), q.code(1), q.code(2));
+    CHECK(q.code(0) == 7 && q.code(1) == 7 && q.code(2) == 7 && q.absmax[0] == 1e-40f,
+          "subnormal block: codes %d %d %d", q.code(0), q.code(1), q.code(2));
 }
 
 // bitsandbytes' own test of quantising N(0, 1), 1024 x 1024, blocks of 64: mean error and mean relative error with the
@@ -138,7 +138,8 @@ void nf4_map() {
         }
     }
     // FNV-1a of the 1024 bytes of bitsandbytes 0.50's create_dynamic_map()
-    CHECK(hash == 0xd677f22a96665bc4, "the map differs from bitsandbytes' (hash %016llx)", static_cast<unsigned long long>(hash));
+    CHECK(hash == 0xd677f22a96665bc4, "the map differs from bitsandbytes' (hash %016llx)",
+          static_cast<unsigned long long>(hash));
     CHECK(map[0] == -0.99296875f && map[127] == 0 && map[254] == 0.99296875f && map[255] == 1, "ends: %g %g %g %g",
           double(map[0]), double(map[127]), double(map[254]), double(map[255]));
 }
@@ -181,7 +182,7 @@ void nf4_double_quantisation() {
         // two roundings of a number of at most 1 lie between this x and the one that was looked up
         CHECK_ERROR("distance to the nearest entry", std::fabs(map[absmax8[i]] - x), nearest + 1.3e-7);
         volatile float product = map[absmax8[i]] * greatest;
-        CHECK(nf4_absmax(m, i) == product + offset, "absmax of block %zu is not restored as code * absmax2 + offset", i);
+        CHECK(nf4_absmax(m, i) == product + offset, "block %zu is not restored as code * absmax2 + offset", i);
     }
     // equal absmax: nothing is left above the offset
     std::vector<float> equal(70, 0.125f);

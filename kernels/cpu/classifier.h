@@ -27,12 +27,14 @@ ClassifierSpace<typename Cpu<X>::real> classifier_space(const Cpu<X>& dev, Arena
     using Real = typename Cpu<X>::real;
     ClassifierSpace<Real> s = {};
     s.rows = CLASSIFIER_LOGITS / size_t(V);
-    s.rows = s.rows > CLASSIFIER_ROWS ? CLASSIFIER_ROWS : s.rows < CLASSIFIER_LEAST_ROWS ? CLASSIFIER_LEAST_ROWS : s.rows;
+    s.rows = s.rows < CLASSIFIER_ROWS ? s.rows : CLASSIFIER_ROWS;
+    s.rows = s.rows > CLASSIFIER_LEAST_ROWS ? s.rows : CLASSIFIER_LEAST_ROWS;
     s.rows = s.rows < n ? s.rows : n;
     s.scratch = thread_scratch(dev, arena);
     s.x = arena_take<Real>(arena, packed_elements(dev, s.rows, size_t(C)));
     s.logits = arena_take<Real>(arena, s.rows * size_t(V));
-    s.dlogits = arena_take<Real>(arena, packed_elements(dev, s.rows, size_t(V) < CLASSIFIER_COLUMNS ? size_t(V) : CLASSIFIER_COLUMNS));
+    const size_t columns = size_t(V) < CLASSIFIER_COLUMNS ? size_t(V) : CLASSIFIER_COLUMNS;
+    s.dlogits = arena_take<Real>(arena, packed_elements(dev, s.rows, columns));
     s.dx = arena_take<Real>(arena, s.rows * size_t(C));
     return s;
 }
@@ -88,8 +90,8 @@ void head_logits(Cpu<X>& dev, typename Cpu<X>::real* logits, const LinearInput<X
     }
 }
 
-// For the n rows that have a label: losses[i] = lse - logit[label], correct[i] = label is the arg max (the lowest id wins
-// a tie); din (N, C) = scale * gradient in those rows, 0 elsewhere. din nullptr: forward only.
+// For the n rows that have a label: losses[i] = lse - logit[label], correct[i] = label is the arg max (the lowest id
+// wins a tie); din (N, C) = scale * gradient in those rows, 0 elsewhere. din nullptr: forward only.
 template <class X>
 void classifier(Cpu<X>& dev, typename Cpu<X>::real* losses, uint8_t* correct, X* din,
                 const LinearInput<X, typename Cpu<X>::real>& in, const Matrix& head, const int32_t* rows,

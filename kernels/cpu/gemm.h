@@ -1,6 +1,6 @@
 // The matrix engine: C (M, n) = or += a sum of products A B, whatever A and B are made of. Both operands are rewritten
-// into panels as they are used, so that a frozen 4-bit matrix, a norm, SwiGLU, dropout or a transposition costs one pass
-// over a panel and no memory of its own. It knows no model; linear.h and classifier.h put the pieces together.
+// into panels as they are used, so that a frozen 4-bit matrix, a norm, SwiGLU, dropout or a transposition costs one
+// pass over a panel and no memory of its own. It knows no model; linear.h and classifier.h put the pieces together.
 //
 //   A, packed once for all threads      [K block of KC][tile of MR rows][k][MR]
 //   B, packed by the thread that needs it, in its own cache   [panel of NR columns][k][NR], at most KC x NC
@@ -24,8 +24,8 @@ constexpr size_t GEMM_LINE = GEMM_KC + 16;    // their stride: not a power of tw
 
 // ---- workspace ----
 
-// Hands out parts of dev.workspace. With base = nullptr it only counts, so that the size functions and the ops share one
-// description of what is needed.
+// Hands out parts of dev.workspace. With base = nullptr it only counts, so that the size functions and the ops share
+// one description of what is needed.
 struct Arena {
     char* base = nullptr;
     size_t used = 0, limit = ~size_t(0);
@@ -91,9 +91,9 @@ inline void transpose_lines(const Cpu<double>&, double* out, size_t ldo, int wid
 
 // ---- dropout ----
 
-// x (n) = x * mask / (1 - p) for the channels first .. first + n (first a multiple of 4) of one row. Channel c of a row is
-// kept when word c % 4 of philox4x32 of {example, position, module, c / 4}, under a key of seed and step, is at least
-// p 2^32.
+// x (n) = x * mask / (1 - p) for the channels first .. first + n (first a multiple of 4) of one row. Channel c of a row
+// is kept when word c % 4 of philox4x32 of {example, position, module, c / 4}, under a key of seed and step, is at
+// least p 2^32.
 template <class X, class Real>
 void dropout_run(const Cpu<X>& dev, Real* x, const Dropout& drop, uint32_t module, size_t row, size_t first, size_t n) {
     uint64_t mixed = drop.seed * 0x9e3779b97f4a7c15u + drop.step;
@@ -207,8 +207,8 @@ const typename Cpu<X>::real* operand_in_place(const Operand<X>& op, size_t row, 
 }
 
 // Packs (k)(width) panels, one after another, of the inner indices first .. first + n and the reduction indices
-// k0 .. k0 + k. along = false: inner indices are rows of the operand, which is transposed on the way; true: they are its
-// columns. lines: GEMM_LINES * GEMM_LINE of scratch.
+// k0 .. k0 + k. along = false: inner indices are rows of the operand, which is transposed on the way; true: they are
+// its columns. lines: GEMM_LINES * GEMM_LINE of scratch.
 template <class X, class Real>
 void pack_panels(const Cpu<X>& dev, Real* panels, int width, const Operand<X>& op, bool along, size_t first, size_t n,
                  size_t k0, size_t k, Real* lines) {

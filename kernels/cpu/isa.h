@@ -1,7 +1,7 @@
 // The leaf kernels of one instruction tier, as a table of plain functions. Each tier is one translation unit
-// isa_{ref,avx2,avx512}.cpp that is built with that tier's flags and exports one table; everything else is built for the
-// plain target. A leaf touches the memory it is given and calls nothing outside its unit. OpenMP, allocation and shapes
-// belong to the callers.
+// isa_{ref,avx2,avx512}.cpp that is built with that tier's flags and exports one table; everything else is built for
+// the plain target. A leaf touches the memory it is given and calls nothing outside its unit. OpenMP, allocation and
+// shapes belong to the callers.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -23,7 +23,7 @@ struct CpuIsa {
     // so that its bits depend on neither mr, nr nor its place in the tile.
     void (*gemm_tile)(size_t k, const float* a, const float* b, float* c, size_t ldc, int mr, int nr, bool add);
 
-    // out (k, width), row stride ldo: out[i][j] = in[j][i] for j < n and 0 for n <= j < width; in (n, k), row stride ldi.
+    // out (k, width), row stride ldo: out[i][j] = in[j][i] for j < n, 0 for n <= j < width; in (n, k), row stride ldi.
     void (*transpose)(float* out, size_t ldo, int width, const float* in, size_t ldi, int n, size_t k);
 
     // out (n): the NF4 weights first .. first + n of a tensor as the matmul sees them, round_to_bf16(code * absmax).

@@ -9,8 +9,8 @@ static bool supported(const CpuIsa& isa) {
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     }
-    if (&isa == &cpu_isa_avx2) {
-        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");  // F16C is older than AVX2
+    if (&isa == &cpu_isa_avx2) {  // F16C, which has no name here with every compiler, is older
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
     }
     return true;
 }

@@ -247,8 +247,8 @@ void linear_dB(Cpu<X>& dev, const LinearGroup<Real>& g, const X* dout, size_t do
     }
 }
 
-// din (N, C) = gradient of x, the input after norm or SwiGLU; nullptr: not wanted. dout (N, OC), rows dout_stride apart,
-// is rotated back in place first. dA, dB +=.
+// din (N, C) = gradient of x, the input after norm or SwiGLU; nullptr: not wanted. dout (N, OC), rows dout_stride
+// apart, is rotated back in place first. dA, dB +=.
 template <class X>
 void linear_backward(Cpu<X>& dev, X* din, X* dout, size_t dout_stride,
                      const LinearInput<X, typename Cpu<X>::real>& in, const LinearGroup<typename Cpu<X>::real>& g,

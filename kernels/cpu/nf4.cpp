@@ -17,7 +17,7 @@ static void quantize_block(uint8_t* codes, float* absmax, const float* w, size_t
         greatest = std::max(greatest, std::fabs(x[i]));
     }
     *absmax = greatest;
-    const float inverse = 1.0f / std::max(greatest, 1e-38f);  // the floor keeps it finite, for an all-zero block as well
+    const float inverse = 1.0f / std::max(greatest, 1e-38f);  // the floor keeps it finite, of a block of zeros too
     int32_t code[64] = {};
     for (int i = 0; i < 64; i++) {
         x[i] *= inverse;

@@ -32,7 +32,7 @@ void parallel_tasks(int threads, size_t tasks, const Fn& fn) {
     });
 }
 
-// fn(begin, end, worker) for consecutive ranges that cover 0 .. n, one a worker; none is smaller than grain but the last.
+// fn(begin, end, worker) for consecutive ranges that cover 0 .. n, one a worker; only the last is smaller than grain.
 template <class Fn>
 void parallel_ranges(int threads, size_t n, size_t grain, const Fn& fn) {
     size_t each = (n + size_t(threads) - 1) / size_t(threads);

@@ -1,0 +1,514 @@
+#!/usr/bin/env python3
+"""Plants faults in the program, one at a time, and checks that the tests notice each.
+
+    mutants.py [--only SUBSTRING] [--list] [--jobs N] [--work DIR] [--output FILE]
+
+A fault is a piece of text of one source file and what replaces it. The tree is copied first and never touched; the
+changed file lies in a folder of its own that the compiler searches before the tree, so an interrupted run leaves nothing
+behind. What depends on the changed file (g++ -MMD says it) is compiled again and linked with the other objects and with
+the test groups that the fault names. A fault is caught when one of those tests fails, by a check or by a crash; the same
+tests must pass without it, and a fault that does not compile counts as missed.
+
+Writes the table of faults and tests to --output (all faults, so not with --only). The last line is `N passed, N failed`:
+faults caught; faults missed, and tests that fail without any fault. Exit status 1 when anything failed.
+With --work the objects are kept for the next run. Needs g++ and what the program needs; x86-64 or any other processor.
+"""
+
+import argparse
+import collections
+import concurrent.futures
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+X86 = platform.machine() in ("x86_64", "AMD64")
+FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-fopenmp", "-w"] + (["-march=x86-64-v2"] if X86 else [])
+TIERS = {"kernels/cpu/isa_avx2.cpp": ["-mavx2", "-mfma", "-mf16c", "-mbmi2"],
+         "kernels/cpu/isa_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vbmi", "-mavx2",
+                                        "-mfma", "-mf16c", "-mbmi2", "-mprefer-vector-width=512"]}
+LIBRARIES = ["-lpcre2-8", "-lcrypto"]
+LIBRARY_FOLDERS = ["", "io", "tokenizer", "kernels", "kernels/cpu"]
+SOURCES = (".cpp", ".cu", ".h", ".cuh", ".inc")
+LEFT_OUT = {".git", "build", "runs", "__pycache__", "train_llama", "test_llama"}  # of the copy
+TEST_SECONDS = 600
+
+# tests: names of tests to run, by group and a part of the name ("pack/" is the whole group). which = (k, n): the k-th of n
+# places where the text stands; without it the text stands there once.
+Fault = collections.namedtuple("Fault", "name file old new tests which", defaults=[(1, 1)])
+
+FAULTS = [
+    # ---- RMSNorm, RoPE, SwiGLU
+    Fault("RoPE turns the other way", "kernels/cpu/elementwise.h", "half, inverse);", "half, !inverse);",
+          "elementwise/rope model/dump_gqa"),
+    Fault("RoPE pairs neighbours instead of halves", "kernels/cpu/elementwise.h",
+          "row_kernels(dev).rotate(head, head + half, rope.cos + at, rope.sin + at, half, inverse);",
+          "for (size_t i = 0; i < half; i++) { row_kernels(dev).rotate(head + 2 * i, head + 2 * i + 1, rope.cos + at + i, "
+          "rope.sin + at + i, 1, inverse); }", "elementwise/rope model/dump_gqa"),
+    Fault("RoPE's gradient is not turned back", "kernels/cpu/elementwise.h", "rope, N, true);", "rope, N, false);",
+          "elementwise/rope linear/linear_rope"),
+    Fault("RoPE turns the values as well", "llama.h", "a.positions, c.NH + c.NKV, c.HS}",
+          "a.positions, c.NH + 2 * c.NKV, c.HS}", "model/dump_gqa"),
+    Fault("RMSNorm without eps", "kernels/cpu/elementwise.h", "std::sqrt(mean + eps)", "std::sqrt(mean)", "elementwise/rms"),
+    Fault("RMSNorm's backward without the term through the mean", "kernels/cpu/leaf_rows.inc", "v_set1(rstd * rstd * mean)",
+          "v_zero()", "elementwise/rms"),
+    Fault("second RMSNorm uses the first one's weight", "llama.h", "y.rstd2, m.w.layers[l].norm2), group, p.N",
+          "y.rstd2, m.w.layers[l].norm1), group, p.N", "model/dump_gqa"),
+    Fault("derivative of SwiGLU: sigmoid in place of x sigmoid", "kernels/cpu/leaf_rows.inc",
+          "v_fma(silu, v_sub(v_set1(1), s), s)", "v_fma(s, v_sub(v_set1(1), s), s)", "elementwise/swiglu"),
+    Fault("SwiGLU takes gate and up the wrong way round", "kernels/cpu/gemm.h", "silu_mul(out, x, x + op.ld, n)",
+          "silu_mul(out, x + op.ld, x, n)", "linear/linear_double model/dump_gqa"),
+    Fault("llama3 RoPE: ends of the ramp exchanged", "llama_config.cpp",
+          "(1.0f - smooth) * keep / factor + smooth * keep", "smooth * keep / factor + (1.0f - smooth) * keep",
+          "config/config_inv_freq model/dump_gqa"),
+
+    # ---- attention
+    Fault("attention scaled by HS instead of its root", "kernels/cpu/attention.h",
+          "queries, X(1 / std::sqrt(double(s.HS))));", "queries, X(1 / double(s.HS)));", "attention/"),
+    Fault("dQ without the scale", "kernels/cpu/attention.h", "w.dQ, queries, scale);", "w.dQ, queries, X(1));", "attention/"),
+    Fault("causal mask lets a query see the next key", "kernels/cpu/attention.h", "query0 + c < key0 + k;",
+          "query0 + c + 1 < key0 + k;", "attention/"),
+    Fault("causal mask hides a query's own key", "kernels/cpu/attention.h", "query0 + c < key0 + k;",
+          "query0 + c < key0 + k + (key0 + k > 0);", "attention/"),
+    Fault("query head h reads kv head h mod NKV", "kernels/cpu/attention.h",
+          "for (size_t h = size_t(t.kv) * group; h < size_t(t.kv + 1) * group; h++)",
+          "for (size_t h = size_t(t.kv); h < size_t(NH); h += size_t(NKV))", "attention/"),
+    Fault("backward: query head h reads kv head h mod NKV", "kernels/cpu/attention.h", "size_t(t.kv) * group + g;",
+          "size_t(t.kv) + g * size_t(s.NKV);", "attention/"),
+    Fault("attention reaches across documents", "llama.h",
+          "device_to(m.dev, a.cu_seqlens, b.cu_seqlens.data(), b.cu_seqlens.size() * sizeof(int32_t));",
+          "const int32_t all[2] = {0, int32_t(p.N)}; p.documents = 1; device_to(m.dev, a.cu_seqlens, all, sizeof(all));",
+          "model/packed_equals_separate"),
+    Fault("attention's log-sum-exp without the maximum", "kernels/cpu/attention.h", "w.max[c] + std::log(w.sum[c])",
+          "std::log(w.sum[c])", "attention/"),
+    Fault("running sum of the softmax not shrunk to the new maximum", "kernels/cpu/leaf_rows.inc",
+          "v_fma(v_load(sum + c), f, v_add(", "v_add(v_load(sum + c), v_add(", "attention/ elementwise/rows_softmax"),
+    Fault("D of the softmax's gradient left out", "kernels/cpu/leaf_rows.inc", "v_mul(p, v_sub(v_load(ds + r * n + c), d))",
+          "v_mul(p, v_load(ds + r * n + c))", "attention/"),
+
+    # ---- loss
+    Fault("cross-entropy's exp without the maximum", "kernels/cpu/classifier.h",
+          "max + std::log(kernels.exp_sum(logits, max, V))", "std::log(kernels.exp_sum(logits, Real(0), V))", "classifier/"),
+    Fault("gradient of the loss: 1 taken from the label's, whatever the scale", "kernels/cpu/classifier.h",
+          "logits[label] -= scale;", "logits[label] -= 1;", "classifier/"),
+    Fault("a tie of logits counts for the later id", "kernels/cpu/classifier.h", "best = logits[v] < max;",
+          "best = logits[v] <= max;", "classifier/"),
+    Fault("gradients are a mean of the passes' means", "train_step.h", "true, 1 / double(r.targets))",
+          "true, 1 / double(passes.size() * b.n_labels))", "model/accumulation"),
+    Fault("only the last pass's gradient counts", "train_step.h", "        llama_backward(m, p);",
+          "        llama_zero_gradients(m); llama_backward(m, p);", "model/accumulation"),
+    Fault("the head reads the embedding though it is not tied", "llama_io.h", "if (m.c.tied) {\n            m.w.head",
+          "if (true) {\n            m.w.head", "model/dump_gqa"),
+    Fault("a stored head is used though it is tied", "llama_io.h", "m.w.head = m.w.embed;",
+          "m.w.head = m.w.embed; if (safetensors_find(r.st, \"lm_head.weight\")) { LoadWeights<Dev> more{m, r, options, {}}; "
+          "more.matrix(\"lm_head.weight\", m.w.head, m.c.V, m.c.C, false); }", "load/ model/dump_tied", (1, 2)),
+
+    # ---- LoRA and dropout
+    Fault("LoRA's scale is alpha r", "llama.h", ": alpha / r;", ": alpha * r;", "model/dump_gqa"),
+    Fault("rsLoRA's scale is that of LoRA", "llama.h", "alpha / std::sqrt(double(r))", "alpha / r",
+          "model/dump_linear_rslora"),
+    Fault("scale left out of the forward pass", "kernels/cpu/linear.h", "operand_plain<X>(xa + rank, size_t(g.R), part.scale)",
+          "operand_plain<X>(xa + rank, size_t(g.R))", "linear/linear_double linear/linear_finite"),
+    Fault("scale left out of dB", "kernels/cpu/linear.h", "+= part.scale * s.right[", "+= s.right[",
+          "linear/linear_double linear/linear_finite"),
+    Fault("dB transposed", "kernels/cpu/linear.h", "part.dB[o * r + i]", "part.dB[i * OC + o]",
+          "linear/linear_double linear/linear_finite"),
+    Fault("dA of x without the dropout mask", "kernels/cpu/linear.h", "x.drop = drop.p > 0 ? &drop : nullptr;",
+          "x.drop = nullptr;", "linear/linear_double linear/linear_finite linear/linear_dropout"),
+    Fault("dx of the adapter without the dropout mask", "kernels/cpu/linear.h",
+          "dropout_run(dev, from, drop, part.module, row + i, 0, C);", "",
+          "linear/linear_double linear/linear_finite linear/linear_dropout"),
+    Fault("dropout keeps without 1 / (1 - p)", "kernels/cpu/gemm.h", "Real(1) / (Real(1) - Real(drop.p))", "Real(1)",
+          "linear/linear_dropout linear/linear_double"),
+    Fault("dropout keyed by the row of the pass", "kernels/cpu/gemm.h",
+          "{drop.example[row], uint32_t(drop.position[row]), module}", "{uint32_t(row), 0, module}",
+          "linear/linear_dropout model/packed_equals_separate"),
+    Fault("dropout the same in every step", "kernels/cpu/gemm.h", " + drop.step;", ";", "linear/linear_dropout"),
+    Fault("dropout the same in all linears", "kernels/cpu/gemm.h", "uint32_t(drop.position[row]), module}",
+          "uint32_t(drop.position[row]), 0}", "linear/linear_dropout"),
+    Fault("A starts in [0, bound)", "llama.h", "(2 * u - 1) * bound", "u * bound", "model/"),
+
+    # ---- AdamW and the schedule
+    Fault("AdamW without the second moment's bias correction", "kernels/cpu/adamw.h", "real(std::sqrt(correction2))",
+          "real(1)", "adamw/"),
+    Fault("AdamW's first bias correction one step late", "kernels/cpu/adamw.h", "1 - std::pow(a.beta1, double(a.step))",
+          "1 - std::pow(a.beta1, double(a.step + 1))", "adamw/"),
+    Fault("weight decay after the update", "kernels/cpu/leaf_rows.inc", "v_set1(a->step_size), mean)",
+          "v_set1(a->step_size * a->keep), mean)", "adamw/"),
+    Fault("clip coefficient ignored by AdamW", "kernels/cpu/leaf_rows.inc", "v_set1(a->grad_scale)", "v_set1(1)", "adamw/"),
+    Fault("clipping without the limit of 1", "train_step.h", "std::min(1.0, rates.clip / (r.grad_norm + 1e-6))",
+          "rates.clip / (r.grad_norm + 1e-6)", "model/ trainer/what_a_run"),
+    Fault("no clipping", "train_step.h", "std::min(1.0, rates.clip / (r.grad_norm + 1e-6))", "1.0",
+          "model/ trainer/what_a_run"),
+    Fault("warm-up starts at 0", "train_run.h", "run.lr * (s + 1) / W", "run.lr * s / W", "trainer/what_a_run"),
+    Fault("decay reaches its end one step early", "train_run.h", "(s - W) / (T - W)", "(s + 1 - W) / (T - W)",
+          "trainer/what_a_run"),
+    Fault("every epoch has the same order", "train_run.h", "STREAM_ORDER, uint64_t(epoch))", "STREAM_ORDER, uint64_t(0))",
+          "trainer/what_a_run trainer/same_run"),
+    Fault("dropout seed not that of the run", "train_llama.cu", "m.dropout_seed = o.seed;",
+          "m.dropout_seed = uint64_t(getpid());", "trainer/same_run"),
+    Fault("Philox with seven rounds", "kernels/random.h", "round < 10", "round < 7", "random/"),
+    Fault("permutations never move the first place's neighbour", "kernels/random.h", "uint64_t(i) + 1))", "uint64_t(i)))",
+          "random/"),
+
+    # ---- recomputation
+    Fault("gate and up made again from the layer below", "llama.h", "layer_gate_up(m, p, l);",
+          "layer_gate_up(m, p, l > 0 ? l - 1 : 0);", "model/same_bits_for_any_recompute", (2, 2)),
+    Fault("attention not made again", "llama.h", "        layer_qkv_attention(m, p, l);", "        ;",
+          "model/same_bits_for_any_recompute"),
+
+    # ---- NF4 and dtypes
+    Fault("NF4: nibbles exchanged when written", "kernels/cpu/nf4.cpp", "code[2 * i] << 4 | code[2 * i + 1]",
+          "code[2 * i + 1] << 4 | code[2 * i]", "nf4/"),
+    Fault("NF4: nibbles exchanged when read", "kernels/cpu/leaf_gemm.inc", "? pair >> 4 : pair & 15", "? pair & 15 : pair >> 4",
+          "nf4/"),
+    Fault("NF4: a weight on a threshold goes up", "kernels/cpu/nf4.cpp", "x[i] > t;", "x[i] >= t;", "nf4/"),
+    Fault("double quantisation without the offset", "kernels/cpu/nf4.h", "return product + m.offset;", "return product;",
+          "nf4/ model/bnb_weights"),
+    Fault("absmax of the wrong block of blocks", "kernels/cpu/nf4.h", "m.absmax2[block / 256]", "m.absmax2[0]",
+          "nf4/ model/bnb_weights"),
+    Fault("double quantisation takes the entry below, not the nearest", "kernels/cpu/nf4.cpp",
+          "middle[i] = (map[i] + map[i + 1]) / 2.0f;", "middle[i] = map[i + 1];", "nf4/"),
+    Fault("absmax map made in double", "kernels/cpu/nf4.cpp", "std::fma(step, float(i), 0.1f)",
+          "float(0.1 + 0.9 * i / (n - 1))", "nf4/ bnb/"),
+    Fault("bf16 by truncation", "kernels/bf16.h", "(u + 0x7fff + ((u >> 16) & 1)) >> 16", "u >> 16",
+          "nf4/ linear/ elementwise/ load/"),
+    Fault("bf16 ties away from even", "kernels/bf16.h", "0x7fff + ((u >> 16) & 1)", "0x8000", "nf4/ linear/ elementwise/ load/"),
+    Fault("subnormal halves read as zero", "kernels/bf16.h", "float(mantissa) * 0x1p-24f", "0.0f", "load/ linear/ elementwise/"),
+    Fault("quantisation tables of a checkpoint not compared", "llama_bnb.cpp", "ulps(table[i], need[i]) > 2", "false", "bnb/"),
+
+    # ---- from text to passes
+    Fault("labels not shifted", "tokenizer/pack.cpp", "label ? data.ids[first + k + 1]", "label ? data.ids[first + k]", "pack/"),
+    Fault("a document's first token is a label", "tokenizer/pack.cpp", "bool label = k + 1 < n && data",
+          "bool label = first + k + 1 < data.ids.size() && data", "pack/"),
+    Fault("positions go on across documents", "tokenizer/pack.cpp", "b.positions.push_back(int32_t(k));",
+          "b.positions.push_back(int32_t(b.positions.size()));", "pack/"),
+    Fault("passes filled first fit, not best fit", "tokenizer/pack.cpp", "room.lower_bound({n, 0})",
+          "std::find_if(room.begin(), room.end(), [&](const auto& x) { return x.first >= n && x.second + 1 == passes.size(); })",
+          "pack/"),
+    Fault("ignore_merges off", "tokenizer/bpe.cpp", "= ignore_merges || (", "= (", "tokenizer/"),
+    Fault("merges taken from the right", "tokenizer/bpe.cpp", "if (rank[i] < best_rank)", "if (rank[i] <= best_rank)",
+          "tokenizer/"),
+    Fault("white space is PCRE2's \\s", "tokenizer/tokenizer.cpp",
+          r'"|\\p{White_Space}+(?!\\P{White_Space})|\\p{White_Space}+",', r'"|\\s+(?!\\S)|\\s+",', "tokenizer/"),
+    Fault("digits are not split in threes", "tokenizer/tokenizer.cpp", r"|\\p{N}{1,3}", r"|\\p{N}+", "tokenizer/"),
+    Fault("a piece cached by another tokenizer is used", "tokenizer/tokenizer.cpp", "state.serial != t.serial",
+          "state.cache.empty()", "tokenizer/"),
+    Fault("control tokens parsed in a chat's text", "tokenizer/chat.cpp", "python_strip(turn.text), parse_special);",
+          "python_strip(turn.text), true);", "chat/ records/"),
+    Fault("<|eot_id|> is no target", "tokenizer/chat.cpp", "turn.role == Turn::ASSISTANT && turn.train);",
+          "turn.role == Turn::ASSISTANT && turn.train);\n            targets->back() = 0;", "chat/"),
+    Fault("the user's turns are targets", "tokenizer/chat.cpp", "turn.role == Turn::ASSISTANT && turn.train);",
+          "turn.train);", "chat/ records/"),
+    Fault("template's date is another", "tokenizer/dataset.h", "26 Jul 2024", "25 Jul 2024", "chat/"),
+    Fault("turns not stripped", "tokenizer/chat.cpp", "append_text(ids, t, python_strip(turn.text), parse_special);",
+          "append_text(ids, t, turn.text, parse_special);", "chat/"),
+    Fault("no EOS after a plain record", "tokenizer/dataset.cpp", "if (t.eos >= 0 && ids.size() > bos", "if (false && bos",
+          "records/"),
+    Fault("the prompt of a plain record is a target", "tokenizer/dataset.cpp", "std::max<size_t>(learnt, 1)", "size_t(1)",
+          "records/"),
+    Fault("labels of token records taken as already shifted", "tokenizer/records.cpp", "label.integer == r.ids[i];",
+          "i + 1 < n && label.integer == r.ids[i + 1];", "records/records_tokens"),
+
+    # ---- files
+    Fault("gaps between tensors let through", "io/safetensors.cpp", "if (t.offset != end)", "if (t.offset < end)",
+          "safetensors/"),
+    Fault("shard names may leave the directory", "io/safetensors.cpp", "if (!legal_shard_name(shard.string))", "if (false)",
+          "safetensors/"),
+    Fault("duplicate keys of JSON let through", "io/json.cpp", "if (twice) {", "if (false) {", "json/"),
+    Fault("JSON nests without limit", "io/json.cpp", "if (open.size() >= size_t(text.limits->depth))", "if (false)", "json/"),
+    Fault("surrogate halves pass as UTF-8 text", "io/json.cpp", "int unit = escape_unit(text + i, n - i);", "int unit = 0;",
+          "json/"),
+    Fault("unexpected tensors of a checkpoint ignored", "llama_io.h",
+          "if (r.wanted.count(t.name) == 0 && !ignored", "if (false && !ignored", "load/"),
+    Fault("non-finite weights let through", "kernels/widen.h", "finite &= std::isfinite(out[i]);", "", "load/"),
+    Fault("adapters of another kind accepted", "llama_adapter.cpp", "!is_harmless(j.keys[i]) && !is_unset(j.items[i])", "false",
+          "load/"),
+    Fault("a manifest's own hash unchecked", "io/run.cpp", " || hash->string != found)", ")", "run/"),
+    Fault("hashes of a checkpoint's files unchecked", "io/run.cpp", "if (hex != sha256->string)", "if (false)", "run/"),
+    Fault("one checkpoint too few kept", "io/run.cpp", "++whole <= keep)", "++whole < keep)", "run/"),
+    Fault("log not cut back on resume", "io/run.cpp", "if (keep < log.file.written) {", "if (false) {", "run/"),
+    Fault("a locked directory is taken all the same", "io/run.cpp", "if (flock(fd, LOCK_EX | LOCK_NB) != 0)", "if (false)",
+          "run/"),
+    Fault("resume without the second moments", "train_checkpoint.h", "m.adapter.m : m.adapter.v", "m.adapter.m : m.adapter.m",
+          "trainer/killed_and_resumed"),
+    Fault("resume with changed data", "train_checkpoint.h", "if (was != is)", "if (false)", "trainer/resume_refuses"),
+    Fault("resume with another rate", "io/options.cpp", "if (!resume || (s.flags & (FREE | NOT_SAVED))", "if (true || (s.flags",
+          "options/"),
+    Fault("a non-finite gradient goes into the update", "train_step.h",
+          "if (!std::isfinite(r.loss) || !std::isfinite(r.grad_norm))", "if (false)", "model/non_finite"),
+]
+
+# One group of tests as a program: GROUP/NAME for every test whose name has one of the arguments in it.
+MAIN = r"""#include <cstdio>
+#include <string>
+#include "dev/tests/test.h"
+extern const Test GROUP_TESTS[];
+int main(int argc, char** argv) {
+    for (const Test* t = GROUP_TESTS; t->name != nullptr; t++) {
+        const std::string name = std::string(GROUP_NAME "/") + t->name;
+        for (int i = 1; i < argc; i++) {
+            if (name.find(argv[i]) != std::string::npos) {
+                printf("\nrun %s\n", name.c_str());
+                fflush(stdout);
+                test_state = TestState();
+                test_state.name = t->name;
+                t->run();
+                printf("\nend %s\n", test_state.failures > 0 ? "failed" : test_state.skipped ? "skipped" : "passed");
+                fflush(stdout);
+                break;
+            }
+        }
+    }
+}
+"""
+
+
+class BuildFailed(Exception):
+    pass
+
+
+def source_files(root):
+    """Paths of everything that the copy takes, relative to root."""
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(d for d in folders if d not in LEFT_OUT)
+        for name in sorted(files):
+            if name not in LEFT_OUT:
+                yield os.path.relpath(os.path.join(folder, name), root)
+
+
+def copy_tree(tree):
+    """Makes `tree` a copy of the sources; a file that has not changed keeps its time, and so its objects."""
+    wanted = set(source_files(ROOT))
+    for path in wanted:
+        old, new = os.path.join(tree, path), os.path.join(ROOT, path)
+        with open(new, "rb") as f:
+            data = f.read()
+        if os.path.exists(old):
+            with open(old, "rb") as f:
+                if f.read() == data:
+                    continue
+        os.makedirs(os.path.dirname(old), exist_ok=True)
+        with open(old, "wb") as f:
+            f.write(data)
+    for path in set(source_files(tree)) - wanted:
+        os.remove(os.path.join(tree, path))
+
+
+class Build:
+    """Objects of the copy in work/obj, those of the present fault in work/fault."""
+
+    def __init__(self, work, jobs):
+        self.work, self.tree, self.pool = work, os.path.join(work, "tree"), concurrent.futures.ThreadPoolExecutor(jobs)
+        copy_tree(self.tree)
+        self.library = sorted(os.path.join(folder, name) for folder in LIBRARY_FOLDERS
+                              for name in os.listdir(os.path.join(self.tree, folder))
+                              if name.endswith(".cpp") and (folder or name.startswith("llama_")))
+        self.main = os.path.join(work, "main.cpp")
+        if not os.path.exists(self.main) or open(self.main).read() != MAIN:
+            with open(self.main, "w") as f:
+                f.write(MAIN)
+
+    def object(self, source, folder="obj"):
+        return os.path.join(self.work, folder, source.replace("/", "_") + ".o")
+
+    def dependencies(self, source):
+        """Files that the object of source was made of, as the compiler wrote them down: of the tree, relative to it."""
+        with open(self.object(source)[:-1] + "d") as f:
+            words = f.read().replace("\\\n", " ").split()
+        return [w for w in words[1:] if not w.startswith("/")]
+
+    def up_to_date(self, source):
+        made = self.object(source)
+        if not os.path.exists(made) or not os.path.exists(made[:-1] + "d"):
+            return False
+        files = [os.path.join(self.tree, d) for d in self.dependencies(source)]
+        return all(os.path.exists(f) and os.path.getmtime(f) <= os.path.getmtime(made) for f in files)
+
+    def compile(self, source, made, first=None):
+        """first: the folder that is searched before the tree."""
+        inside = first and os.path.exists(os.path.join(first, source))
+        command = ["g++", *FLAGS, *(TIERS.get(source, []) if X86 else []), *(["-I" + first] if first else []), "-I.", "-MMD",
+                   "-x", "c++", "-c", os.path.join(first, source) if inside else source, "-o", made]
+        self.call(command)
+
+    def call(self, command):
+        done = subprocess.run(command, cwd=self.tree, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise BuildFailed(done.stderr.strip()[:2000])
+
+    def objects(self, sources, changed=None):
+        """Objects of the sources; where the changed file plays a part, of what stands in work/fault instead."""
+        os.makedirs(os.path.join(self.work, "obj"), exist_ok=True)
+        stale = [s for s in sources if not self.up_to_date(s)]
+        list(self.pool.map(lambda s: self.compile(s, self.object(s)), stale))
+        if changed is None:
+            return [self.object(s) for s in sources]
+        touched = [s for s in sources if changed in self.dependencies(s)]
+        folder = os.path.join(self.work, "fault")
+        missing = [s for s in touched if not os.path.exists(self.object(s, "fault"))]
+        list(self.pool.map(lambda s: self.compile(s, self.object(s, "fault"), folder), missing))
+        return [self.object(s, "fault" if s in touched else "obj") for s in sources]
+
+    def link(self, objects, name):
+        program = os.path.join(self.work, name)
+        self.call(["g++", "-fopenmp", *objects, *LIBRARIES, "-o", program])
+        return program
+
+    def group_main(self, group):
+        made = os.path.join(self.work, "obj", "main_" + group + ".o")
+        if not os.path.exists(made) or os.path.getmtime(made) < os.path.getmtime(self.main):
+            self.call(["g++", *FLAGS, "-I.", "-DGROUP_TESTS=" + group + "_tests", '-DGROUP_NAME="' + group + '"', "-c",
+                       self.main, "-o", made])
+        return made
+
+    def program(self, group, changed=None):
+        """The tests of a group; for the trainer's also the program itself, whose path is put into the environment."""
+        name = "fault_" if changed else ""
+        sources = self.library + ["dev/tests/test.cpp", "dev/tests/" + group + ".cpp"]
+        program = self.link(self.objects(sources, changed) + [self.group_main(group)], name + "tests")
+        if group == "trainer":
+            trainer = self.objects(self.library + ["train_llama.cu"], changed)
+            os.environ["TRAIN_LLAMA_PROGRAM"] = self.link(trainer, name + "train_llama")
+        return program
+
+    def run(self, group, parts, changed=None):
+        """Runs the group's tests that have one of the parts in their names: {name: passed, skipped, failed, crashed}."""
+        program = self.program(group, changed)
+        os.environ["TRAIN_LLAMA_ROOT"] = self.tree
+        results, last = {}, None
+        try:
+            output = subprocess.run([program, *parts], cwd=self.tree, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                    timeout=TEST_SECONDS).stdout
+        except subprocess.TimeoutExpired as e:
+            output = e.stdout or b""
+        for line in output.decode("utf-8", "replace").split("\n"):
+            if line.startswith("run "):
+                last = line[4:]
+                results[last] = "crashed"
+            elif line.startswith("end ") and last:
+                results[last] = line[4:]
+        return results
+
+    def plant(self, fault):
+        """Writes the changed file into work/fault. Says what is wrong, or None."""
+        folder = os.path.join(self.work, "fault")
+        shutil.rmtree(folder, ignore_errors=True)
+        path = os.path.join(self.tree, fault.file)
+        if not os.path.exists(path):
+            return "no such file"
+        with open(path, encoding="utf-8") as f:
+            parts = f.read().split(fault.old)
+        k, n = fault.which
+        if len(parts) != n + 1:
+            return "the text stands there %d times, not %d" % (len(parts) - 1, n)
+        os.makedirs(os.path.dirname(os.path.join(folder, fault.file)), exist_ok=True)
+        with open(os.path.join(folder, fault.file), "w", encoding="utf-8") as f:
+            f.write(fault.old.join(parts[:k]) + fault.new + fault.old.join(parts[k:]))
+        return None
+
+
+def by_group(fault):
+    """{group: parts of test names}"""
+    groups = collections.defaultdict(list)
+    for part in fault.tests.split():
+        groups[part.split("/")[0]].append(part)
+    return groups
+
+
+def check_unchanged(build, faults, known):
+    """The tests of these faults pass in the copy as it is. Fills known: {test: result}; returns what is wrong."""
+    wrong = []
+    wanted = collections.defaultdict(set)
+    for fault in faults:
+        for group, parts in by_group(fault).items():
+            wanted[group].update(parts)
+    for group in sorted(wanted):
+        results = build.run(group, sorted(wanted[group]))
+        known.update(results)
+        wrong += [name + ": " + result + " without any fault" for name, result in results.items()
+                  if result not in ("passed", "skipped")]
+        wrong += [part + ": there is no such test" for part in sorted(wanted[group])
+                  if not any(part in name for name in results)]
+    return wrong
+
+
+def try_fault(build, fault, known):
+    """Names of the tests that caught it, and what is to be said when there is none. Only a test that passes without the
+    fault can catch it."""
+    problem = build.plant(fault)
+    if problem:
+        return [], problem
+    caught = []
+    for group, parts in by_group(fault).items():
+        try:
+            results = build.run(group, parts, fault.file)
+        except BuildFailed as e:
+            return [], "does not compile: " + str(e)
+        caught += [name for name, result in results.items()
+                   if result in ("failed", "crashed") and known.get(name) == "passed"]
+    return caught, "" if caught else "no test failed of: " + fault.tests
+
+
+def write_table(path, rows):
+    caught = sum(1 for _, tests in rows if tests)
+    with open(path, "w", encoding="utf-8") as f:
+        f.write("# Planted faults\n\n"
+                "Each row is a fault that `dev/mutants.py` plants in the program, alone, and the tests of `test_llama` that "
+                "fail with it and\npass without it (the first three, of those that the script runs for this fault). "
+                "%d of %d faults are caught.\n\n" % (caught, len(rows)))
+        f.write("| fault | file | caught by |\n|---|---|---|\n")
+        for fault, tests in rows:
+            more = " and %d more" % (len(tests) - 3) if len(tests) > 3 else ""
+            f.write("| %s | %s | %s |\n" % (fault.name.replace("|", "\\|"), fault.file,
+                                            ", ".join(tests[:3]) + more if tests else "**no test**"))
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Plants faults in the program and checks that the tests notice each.")
+    parser.add_argument("--only", default="", metavar="SUBSTRING", help="faults whose name, file or tests have this in them")
+    parser.add_argument("--list", action="store_true", help="show the faults and stop")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="compilers at a time")
+    parser.add_argument("--work", metavar="DIR", help="keep copy and objects there (default: a temporary directory)")
+    parser.add_argument("--output", default=os.path.join(ROOT, "dev/results/mutants.md"), metavar="FILE")
+    options = parser.parse_args()
+    faults = [f for f in FAULTS if options.only in " ".join([f.name, f.file, f.tests])]
+    if options.list:
+        for fault in faults:
+            print("%-66s %-28s %s" % (fault.name, fault.file, fault.tests))
+        return 0
+    with tempfile.TemporaryDirectory(prefix="mutants.") as temporary:
+        work = os.path.abspath(options.work or temporary)
+        build = Build(work, options.jobs)
+        start = time.time()
+        known = {}
+        try:
+            problems = check_unchanged(build, faults, known)
+        except BuildFailed as e:
+            problems = ["the program does not compile without any fault: " + str(e)]
+            faults = []
+        for problem in problems:
+            print("FAILED", problem)
+        print("unchanged: %d tests in %.0f s" % (len(known), time.time() - start), flush=True)
+        rows = []
+        for fault in faults:
+            start = time.time()
+            caught, problem = try_fault(build, fault, known)
+            rows.append((fault, caught))
+            print("%-7s %3.0f s  %s: %s" % ("ok" if caught else "MISSED", time.time() - start, fault.name,
+                                            ", ".join(caught[:3]) or problem), flush=True)
+    if not options.only and faults:
+        os.makedirs(os.path.dirname(os.path.abspath(options.output)), exist_ok=True)
+        write_table(options.output, rows)
+    caught = sum(1 for _, tests in rows if tests)
+    failed = len(rows) - caught + len(problems)
+    print("%d passed, %d failed" % (caught, failed))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
