@@ -26,13 +26,16 @@
 enum Module { Q_PROJ, K_PROJ, V_PROJ, O_PROJ, GATE_PROJ, UP_PROJ, DOWN_PROJ, MODULES };
 
 inline const char* const module_path[MODULES] = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
-                                                 "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"};
+                                                 "self_attn.o_proj", "mlp.gate_proj",    "mlp.up_proj",
+                                                 "mlp.down_proj"};
 
 inline int module_rows(const LlamaConfig& c, int m) {  // output channels
     switch (m) {
         case Q_PROJ: return c.NH * c.HS;
-        case K_PROJ: case V_PROJ: return c.NKV * c.HS;
-        case O_PROJ: case DOWN_PROJ: return c.C;
+        case K_PROJ:
+        case V_PROJ: return c.NKV * c.HS;
+        case O_PROJ:
+        case DOWN_PROJ: return c.C;
         default: return c.F;
     }
 }
@@ -57,21 +60,21 @@ struct LoraConfig {
 
 template <class Real>
 struct LayerWeights {
-    Real* norm1 = nullptr;      // (C) input_layernorm
-    Real* norm2 = nullptr;      // (C) post_attention_layernorm
-    Matrix linear[MODULES];     // (module_rows, module_cols)
+    Real* norm1 = nullptr;   // (C) input_layernorm
+    Real* norm2 = nullptr;   // (C) post_attention_layernorm
+    Matrix linear[MODULES];  // (module_rows, module_cols)
 };
 
 template <class Real>
 struct Weights {
-    Matrix embed;               // (V, C)
-    Matrix head;                // (V, C); the same as embed when tied
-    Real* final_norm = nullptr; // (C)
+    Matrix embed;                // (V, C)
+    Matrix head;                 // (V, C); the same as embed when tied
+    Real* final_norm = nullptr;  // (C)
     std::vector<LayerWeights<Real>> layers;
 };
 
-// Calls v.matrix(name, matrix, rows, cols, is_linear) and v.vector(name, pointer, length) for every weight by its Hugging
-// Face name, in the order of the layers. The head is left out when it is tied.
+// Calls v.matrix(name, matrix, rows, cols, is_linear) and v.vector(name, pointer, length) for every weight by its
+// Hugging Face name, in the order of the layers. The head is left out when it is tied.
 template <class Real, class Visitor>
 void each_weight(Weights<Real>& w, const LlamaConfig& c, Visitor&& v) {
     w.layers.resize(c.L);
@@ -83,7 +86,8 @@ void each_weight(Weights<Real>& w, const LlamaConfig& c, Visitor&& v) {
             if (m == GATE_PROJ) {
                 v.vector(layer + "post_attention_layernorm.weight", w.layers[l].norm2, c.C);
             }
-            v.matrix(layer + module_path[m] + ".weight", w.layers[l].linear[m], module_rows(c, m), module_cols(c, m), true);
+            v.matrix(layer + module_path[m] + ".weight", w.layers[l].linear[m], module_rows(c, m), module_cols(c, m),
+                     true);
         }
     }
     v.vector("model.norm.weight", w.final_norm, c.C);
@@ -98,7 +102,7 @@ void each_weight(Weights<Real>& w, const LlamaConfig& c, Visitor&& v) {
 template <class Real>
 struct Adapter {
     LoraConfig lora;
-    size_t size = 0;            // elements of each buffer
+    size_t size = 0;  // elements of each buffer
     Real* p = nullptr;
     Real* g = nullptr;
     Real* m = nullptr;
@@ -132,8 +136,8 @@ inline size_t adapter_elements(const LlamaConfig& c, const LoraConfig& lora) {
 // ---------------------------------------------------------------------------------------------------------------------
 // list 3: the activations
 
-// What backward finds again and what it makes anew. FFN: gate_up is made again from mid; ATTN: qkv, attn and lse are made
-// again from the layer's input; FULL: both. The bits do not change.
+// What backward finds again and what it makes anew. FFN: gate_up is made again from mid; ATTN: qkv, attn and lse are
+// made again from the layer's input; FULL: both. The bits do not change.
 enum class Recompute { NONE, FFN, ATTN, FULL };
 
 template <class Dev>
@@ -141,32 +145,32 @@ struct Activations {
     using X = typename Dev::floatX;
     using real = typename Dev::real;
     // kept for backward: a copy for each layer, or one when it is recomputed
-    X* resid;        // (L+1, N, C)   input of layer l; the last: output of the last layer
-    X* mid;          // (L, N, C)     after attention's residual add
-    X* qkv;          // (L|1, N, QKV) rotated
-    X* attn;         // (L|1, N, NH HS)
-    real* lse;       // (L|1, NH, N)
-    X* gate_up;      // (L|1, N, 2F)
-    real* rstd1;     // (L, N)
-    real* rstd2;     // (L, N)
-    real* rstd;      // (N)           of the final norm
-    X* xa[4];        // (L, N, R of the group)  A products of qkv, o, gate_up, down
+    X* resid;     // (L+1, N, C)   input of layer l; the last: output of the last layer
+    X* mid;       // (L, N, C)     after attention's residual add
+    X* qkv;       // (L|1, N, QKV) rotated
+    X* attn;      // (L|1, N, NH HS)
+    real* lse;    // (L|1, NH, N)
+    X* gate_up;   // (L|1, N, 2F)
+    real* rstd1;  // (L, N)
+    real* rstd2;  // (L, N)
+    real* rstd;   // (N)           of the final norm
+    X* xa[4];     // (L, N, R of the group)  A products of qkv, o, gate_up, down
     // gradients, one layer at a time
-    X* dresid;       // (N, C)
-    X* dnorm;        // (N, C)
-    X* dattn;        // (N, NH HS)
-    X* dqkv;         // (N, QKV)
-    X* dswiglu;      // (N, F)
-    X* dgate_up;     // (N, 2F)
+    X* dresid;    // (N, C)
+    X* dnorm;     // (N, C)
+    X* dattn;     // (N, NH HS)
+    X* dqkv;      // (N, QKV)
+    X* dswiglu;   // (N, F)
+    X* dgate_up;  // (N, 2F)
     // of the batch
-    int32_t* tokens;     // (N)
-    int32_t* positions;  // (N)
-    int32_t* cu_seqlens; // (N+1)
-    uint32_t* example;   // (N)
-    int32_t* rows;       // (N)  rows that have a label
-    int32_t* labels;     // (N)  their labels
-    real* losses;        // (N)
-    uint8_t* correct;    // (N)
+    int32_t* tokens;      // (N)
+    int32_t* positions;   // (N)
+    int32_t* cu_seqlens;  // (N+1)
+    uint32_t* example;    // (N)
+    int32_t* rows;        // (N)  rows that have a label
+    int32_t* labels;      // (N)  their labels
+    real* losses;         // (N)
+    uint8_t* correct;     // (N)
 };
 
 enum Group { QKV_GROUP, O_GROUP, GATE_UP_GROUP, DOWN_GROUP, GROUPS };
@@ -255,10 +259,10 @@ struct Llama {
     Adapter<real> adapter;
     Activations<Dev> acts;
     Recompute recompute = Recompute::NONE;
-    bool backward = true;            // activations for backward are there
-    size_t max_tokens = 0;           // of a pass
-    size_t max_positions = 0;        // of a document
-    real* rope_cos = nullptr;        // (max_positions, HS/2)
+    bool backward = true;      // activations for backward are there
+    size_t max_tokens = 0;     // of a pass
+    size_t max_positions = 0;  // of a document
+    real* rope_cos = nullptr;  // (max_positions, HS/2)
     real* rope_sin = nullptr;
     std::vector<LinearGroup<real>> groups;  // (L, GROUPS)
     std::vector<void*> allocations;
@@ -272,8 +276,8 @@ void llama_alloc(Llama<Dev>& m, T*& p, size_t elements, const char* what) {
     m.allocations.push_back(p);
 }
 
-// The four adapter buffers (gradients and moments zero, p not yet set) and the linear groups that point into them. Weights
-// must be in place.
+// The four adapter buffers (gradients and moments zero, p not yet set) and the linear groups that point into them.
+// Weights must be in place.
 template <class Dev>
 void llama_adapter_create(Llama<Dev>& m, const LoraConfig& lora) {
     using real = typename Dev::real;
@@ -284,7 +288,8 @@ void llama_adapter_create(Llama<Dev>& m, const LoraConfig& lora) {
     llama_alloc(m, a.g, a.size, "adapter gradients");
     llama_alloc(m, a.m, a.size, "first moments");
     llama_alloc(m, a.v, a.size, "second moments");
-    for (real* p : {a.p, a.g, a.m, a.v}) {
+    real* const buffers[] = {a.p, a.g, a.m, a.v};  // careful: nvcc 13 mangles a braced list inside a template's for
+    for (real* p : buffers) {
         device_zero(m.dev, p, a.size * sizeof(real));
     }
     m.groups.assign(size_t(m.c.L) * GROUPS, {});
@@ -319,13 +324,14 @@ template <class Dev>
 void llama_adapter_init(Llama<Dev>& m, uint64_t seed) {
     using real = typename Dev::real;
     std::vector<real> p(m.adapter.size, real(0));
-    each_adapter(m.c, m.adapter.lora, [&](const std::string&, int l, int module, bool is_b, int rows, int cols, size_t offset) {
-        double bound = 1 / std::sqrt(double(cols));
-        for (size_t i = 0; !is_b && i < size_t(rows) * cols; i++) {
-            double u = random_uniform(seed, STREAM_ADAPTER, uint64_t(l) * MODULES + module, i);
-            p[offset + i] = real(float((2 * u - 1) * bound));
-        }
-    });
+    each_adapter(m.c, m.adapter.lora,
+                 [&](const std::string&, int l, int module, bool is_b, int rows, int cols, size_t offset) {
+                     double bound = 1 / std::sqrt(double(cols));
+                     for (size_t i = 0; !is_b && i < size_t(rows) * cols; i++) {
+                         double u = random_uniform(seed, STREAM_ADAPTER, uint64_t(l) * MODULES + module, i);
+                         p[offset + i] = real(float((2 * u - 1) * bound));
+                     }
+                 });
     device_to(m.dev, m.adapter.p, p.data(), p.size() * sizeof(real));
 }
 
@@ -347,9 +353,10 @@ void llama_activations_create(Llama<Dev>& m, size_t N, size_t longest, Recompute
     m.max_positions = longest;
     m.recompute = recompute;
     m.backward = backward;
-    each_activation(m.acts, m.c, m.adapter.lora, N, recompute, backward, [&](const char* name, auto*& p, size_t copies, size_t elements) {
-        llama_alloc(m, p, copies * elements, name);
-    });
+    each_activation(m.acts, m.c, m.adapter.lora, N, recompute, backward,
+                    [&](const char* name, auto*& p, size_t copies, size_t elements) {
+                        llama_alloc(m, p, copies * elements, name);
+                    });
     device_reserve(m.dev, llama_workspace_bytes(m, N, longest));
     const size_t half = m.c.HS / 2;
     std::vector<float> inv_freq = llama_inv_freq(m.c);
@@ -539,9 +546,9 @@ LinearInput<typename Dev::floatX, typename Dev::real> head_input(const Llama<Dev
 }
 
 struct PassLoss {
-    double loss = 0;       // sum of cross-entropy over the labels
+    double loss = 0;  // sum of cross-entropy over the labels
     size_t labels = 0;
-    size_t correct = 0;    // labels that are the arg max
+    size_t correct = 0;  // labels that are the arg max
 };
 
 // Loss of the pass just run; with backward, also its gradient times `scale` at the final norm's output (acts.dnorm).
@@ -551,8 +558,8 @@ PassLoss llama_loss(Llama<Dev>& m, const Pass<Dev>& p, bool backward, double sca
     using real = typename Dev::real;
     OpTimer t(m.op_seconds[OP_HEAD]);
     Activations<Dev>& a = m.acts;
-    classifier(m.dev, a.losses, a.correct, backward ? a.dnorm : static_cast<X*>(nullptr), head_input(m), m.w.head, a.rows,
-               a.labels, p.n_labels, p.N, real(scale));
+    classifier(m.dev, a.losses, a.correct, backward ? a.dnorm : static_cast<X*>(nullptr), head_input(m), m.w.head,
+               a.rows, a.labels, p.n_labels, p.N, real(scale));
     std::vector<real> losses(p.n_labels);
     std::vector<uint8_t> correct(p.n_labels);
     device_from(m.dev, losses.data(), a.losses, losses.size() * sizeof(real));
@@ -602,12 +609,13 @@ void layer_backward(Llama<Dev>& m, const Pass<Dev>& p, int l) {
     }
     {
         OpTimer t(m.op_seconds[OP_O]);
-        linear_backward(m.dev, a.dattn, a.dresid, c.C, input_plain<X, real>(y.attn, size_t(c.NH) * c.HS), group[O_GROUP],
-                        y.xa[O_GROUP], p.N, no_rope, p.dropout);
+        linear_backward(m.dev, a.dattn, a.dresid, c.C, input_plain<X, real>(y.attn, size_t(c.NH) * c.HS),
+                        group[O_GROUP], y.xa[O_GROUP], p.N, no_rope, p.dropout);
     }
     {
         OpTimer t(m.op_seconds[OP_ATTENTION]);
-        attention_backward(m.dev, a.dqkv, a.dattn, y.attn, y.lse, y.qkv, a.cu_seqlens, p.documents, p.N, c.NH, c.NKV, c.HS);
+        attention_backward(m.dev, a.dqkv, a.dattn, y.attn, y.lse, y.qkv, a.cu_seqlens, p.documents, p.N, c.NH, c.NKV,
+                           c.HS);
     }
     X* din = l > 0 ? a.dnorm : nullptr;  // nothing below the first layer is trained
     {
@@ -630,7 +638,8 @@ void llama_backward(Llama<Dev>& m, const Pass<Dev>& p) {
     {
         OpTimer t(m.op_seconds[OP_NORM]);
         device_zero(m.dev, a.dresid, p.N * c.C * sizeof(*a.dresid));
-        rmsnorm_backward(m.dev, a.dresid, a.dnorm, layer_activations(m, c.L - 1).next, a.rstd, m.w.final_norm, p.N, c.C);
+        rmsnorm_backward(m.dev, a.dresid, a.dnorm, layer_activations(m, c.L - 1).next, a.rstd, m.w.final_norm, p.N,
+                         c.C);
     }
     for (int l = c.L - 1; l >= 0; l--) {
         layer_backward(m, p, l);

@@ -5,10 +5,10 @@
 
 // Keys whose value says nothing about the arithmetic of an adapter already trained.
 static bool is_harmless(const std::string& key) {
-    for (const char* name : {"auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights",
-                             "lora_dropout", "megatron_config", "megatron_core", "peft_type", "peft_version", "r", "lora_alpha",
-                             "revision", "task_type", "target_modules", "use_rslora", "qalora_group_size", "layers_pattern",
-                             "bias", "eva_config"}) {
+    for (const char* name :
+         {"auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights", "lora_dropout",
+          "megatron_config", "megatron_core", "peft_type", "peft_version", "r", "lora_alpha", "revision", "task_type",
+          "target_modules", "use_rslora", "qalora_group_size", "layers_pattern", "bias", "eva_config"}) {
         if (key == name) {
             return true;
         }
@@ -17,7 +17,8 @@ static bool is_harmless(const std::string& key) {
 }
 
 static bool is_unset(const Json& v) {
-    return v.type == Json::NUL || (v.type == Json::BOOL && !v.boolean) || (v.type == Json::STRING && v.string.empty()) ||
+    return v.type == Json::NUL || (v.type == Json::BOOL && !v.boolean) ||
+           (v.type == Json::STRING && v.string.empty()) ||
            ((v.type == Json::ARRAY || v.type == Json::OBJECT) && v.items.empty());
 }
 
@@ -52,7 +53,8 @@ Error adapter_config_read(LoraConfig& lora, const std::string& dir) {
     std::string file = path_join(dir, "adapter_config.json");
     const char* path = file.c_str();
     if (!path_exists(file)) {
-        return bad_input("%s: no adapter_config.json there", dir.c_str()).hinted("give the directory of a PEFT adapter");
+        return bad_input("%s: no adapter_config.json there", dir.c_str())
+            .hinted("give the directory of a PEFT adapter");
     }
     Json j;
     if (Error e = json_read_file(j, file)) {
@@ -70,16 +72,18 @@ Error adapter_config_read(LoraConfig& lora, const std::string& dir) {
         if (!is_harmless(j.keys[i]) && !is_unset(j.items[i])) {
             return bad_input("%s: %s is set (%s): adapters of this kind are not supported", path,
                              printable(j.keys[i]).c_str(), printable(json_write(j.items[i])).c_str())
-                .hinted("plain LoRA on the seven linears, one rank and one alpha, no biases, no DoRA, no modules_to_save");
+                .hinted(
+                    "plain LoRA on the seven linears, one rank and one alpha, no biases, no DoRA, no modules_to_save");
         }
     }
-    // Other initialisations (pissa, olora, corda, loftq) change the base weight when the adapter is made: it then belongs to
-    // a residual base that is not on disk.
+    // Other initialisations (pissa, olora, corda, loftq) change the base weight when the adapter is made: it then
+    // belongs to a residual base that is not on disk.
     const Json* init = j.find("init_lora_weights");
     const std::string kind = init != nullptr && init->type == Json::STRING ? init->string : "gaussian";
     if (kind != "gaussian" && kind != "eva" && kind != "orthogonal") {
         return bad_input("%s: init_lora_weights: need true, false, gaussian, eva or orthogonal (found %s)", path,
-                         printable(kind).c_str()).hinted("convert the adapter to a plain LoRA with PEFT first");
+                         printable(kind).c_str())
+            .hinted("convert the adapter to a plain LoRA with PEFT first");
     }
     const Json* bias = j.find("bias");
     if (bias != nullptr && bias->string != "none") {
@@ -87,7 +91,8 @@ Error adapter_config_read(LoraConfig& lora, const std::string& dir) {
     }
     const Json* r = j.find("r");
     if (r == nullptr || r->type != Json::INT || r->integer < 1 || r->integer > 1 << 20) {
-        return bad_input("%s: r: need a positive integer (found %s)", path, r ? printable(json_write(*r)).c_str() : "nothing");
+        return bad_input("%s: r: need a positive integer (found %s)", path,
+                         r ? printable(json_write(*r)).c_str() : "nothing");
     }
     lora.r = int(r->integer);
     const Json* alpha = j.find("lora_alpha");

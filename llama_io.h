@@ -1,6 +1,6 @@
 // A Llama to and from files: the base from a Hugging Face directory (quantised tensor by tensor as it is read), random
-// weights in place, adapters in PEFT's form. It knows names, shapes and dtypes of both; bytes on disk are io/'s business,
-// arithmetic is kernels/'.
+// weights in place, adapters in PEFT's form. It knows names, shapes and dtypes of both; bytes on disk are io/'s
+// business, arithmetic is kernels/'.
 //
 // Memory while loading: the packed model, one tensor's absmax, and two buffers of CHUNK elements.
 #pragma once
@@ -9,10 +9,10 @@
 #include <string>
 #include <vector>
 
-#include "llama_bnb.h"
 #include "io/safetensors.h"
 #include "kernels/widen.h"
 #include "llama.h"
+#include "llama_bnb.h"
 
 constexpr size_t LOAD_CHUNK = size_t(4) << 20;  // elements; a multiple of a block of 64 and of 64 x 256
 
@@ -29,8 +29,8 @@ struct BaseReader {
     Safetensors st;
     std::vector<uint8_t> raw;
     std::vector<float> values;
-    std::string chunk_hashes;            // of the bytes read, in order; hashed once more they name the base
-    std::set<std::string> wanted;        // names that belong to the model
+    std::string chunk_hashes;      // of the bytes read, in order; hashed once more they name the base
+    std::set<std::string> wanted;  // names that belong to the model
 };
 
 inline size_t dtype_bytes(const std::string& dtype) {  // 0: not a dtype that a weight may have
@@ -49,8 +49,9 @@ inline Error tensor_check(const Safetensors& st, const std::string& name, const 
     const Tensor* t = safetensors_find(st, name);
     const char* path = st.files[t->file].path.c_str();
     if (dtype_bytes(t->dtype) == 0) {
-        return bad_input("%s: tensor %s: dtype %s is not usable as a weight (need BF16, F16 or F32)", path, name.c_str(),
-                         printable(t->dtype).c_str()).hinted("use the 16-bit checkpoint of this model");
+        return bad_input("%s: tensor %s: dtype %s is not usable as a weight (need BF16, F16 or F32)", path,
+                         name.c_str(), printable(t->dtype).c_str())
+            .hinted("use the 16-bit checkpoint of this model");
     }
     if (t->shape != shape) {
         bool transposed = shape.size() == 2 && t->shape == std::vector<uint64_t>{shape[1], shape[0]};
@@ -76,18 +77,23 @@ Error tensor_stream(BaseReader& r, const Tensor& t, Sink&& sink) {
             return e;
         }
         r.chunk_hashes += sha256_hex(r.raw.data(), count * width);
-        size_t bad = widen(r.values.data(), r.raw.data(), t.dtype == "F32" ? Store::F32 : t.dtype == "F16" ? Store::F16 : Store::BF16, count);
+        size_t bad = widen(r.values.data(), r.raw.data(),
+                           t.dtype == "F32"   ? Store::F32
+                           : t.dtype == "F16" ? Store::F16
+                                              : Store::BF16,
+                           count);
         if (bad < count) {
             return bad_input("%s: tensor %s has a non-finite value at index %llu", r.st.files[t.file].path.c_str(),
-                             t.name.c_str(), (unsigned long long)(first + bad)).hinted("the checkpoint is damaged; download it again");
+                             t.name.c_str(), (unsigned long long)(first + bad))
+                .hinted("the checkpoint is damaged; download it again");
         }
         sink(r.raw.data(), r.values.data(), first, count);
     }
     return {};
 }
 
-// Every tensor of the model is there with the right shape, and nothing else is (2.1 of the format notes: an extra tensor
-// means another architecture, so a warning would be silently wrong training).
+// Every tensor of the model is there with the right shape, and nothing else is (2.1 of the format notes: an extra
+// tensor means another architecture, so a warning would be silently wrong training).
 template <class Real>
 struct CheckTensors {
     BaseReader& r;
@@ -137,8 +143,9 @@ Error base_check_names(BaseReader& r, Weights<Real>& w, const LlamaConfig& c, co
         bool ignored = t.name.size() > 20 && t.name.rfind(".rotary_emb.inv_freq") == t.name.size() - 20;
         bool head = c.tied && t.name == "lm_head.weight";
         if (r.wanted.count(t.name) == 0 && !ignored && !head && !(c.bnb_nf4 && is_bnb_companion(r, t.name))) {
-            return bad_input("%s: unexpected tensor %s: the checkpoint is not a plain Llama", r.st.files[t.file].path.c_str(),
-                             printable(t.name).c_str()).hinted("biases, q/k norms, quantisation scales and extra layers are not supported");
+            return bad_input("%s: unexpected tensor %s: the checkpoint is not a plain Llama",
+                             r.st.files[t.file].path.c_str(), printable(t.name).c_str())
+                .hinted("biases, q/k norms, quantisation scales and extra layers are not supported");
         }
     }
     return {};
@@ -159,9 +166,10 @@ struct LoadWeights {
         }
         llama_alloc(m, p, n, name.c_str());
         std::vector<Real> host(n);
-        error = tensor_stream(r, *safetensors_find(r.st, name), [&](const void*, const float* x, uint64_t first, size_t count) {
-            std::copy(x, x + count, host.begin() + first);
-        });
+        error = tensor_stream(r, *safetensors_find(r.st, name),
+                              [&](const void*, const float* x, uint64_t first, size_t count) {
+                                  std::copy(x, x + count, host.begin() + first);
+                              });
         device_to(m.dev, p, host.data(), n * sizeof(Real));
     }
 
@@ -174,7 +182,8 @@ struct LoadWeights {
         const Tensor& t = *safetensors_find(r.st, name);
         if (t.dtype == "U8") {
             error = matrix_bnb(name, t, w);
-        } else if (linear && options.nf4 && !m.c.bnb_nf4) {  // a bnb checkpoint's 16-bit linears were left so on purpose
+        } else if (linear && options.nf4 &&
+                   !m.c.bnb_nf4) {  // a bnb checkpoint's 16-bit linears were left so on purpose
             error = matrix_nf4(t, w);
         } else {
             error = matrix_plain(t, w);
@@ -305,7 +314,8 @@ inline Error tied_head_warning(BaseReader& r, const LlamaConfig& c, std::vector<
         same = std::equal(a.begin(), a.begin() + count, b.begin());
     }
     if (!same) {
-        warnings.push_back("stored lm_head.weight is ignored: config.json ties the output head to the embedding, and they differ");
+        warnings.push_back(
+            "stored lm_head.weight is ignored: config.json ties the output head to the embedding, and they differ");
     }
     return {};
 }
@@ -316,7 +326,8 @@ Error llama_load(Llama<Dev>& m, std::string* hash, std::vector<std::string>& war
                  const BaseOptions& options) {
     BaseReader r;
     if (m.c.bnb_nf4 && !options.nf4) {
-        return bad_input("%s: the checkpoint is already quantised to NF4, --quant none is not possible", model_dir.c_str())
+        return bad_input("%s: the checkpoint is already quantised to NF4, --quant none is not possible",
+                         model_dir.c_str())
             .hinted("leave out --quant, or give the 16-bit checkpoint");
     }
     Error e = checkpoint_open(r.st, model_dir);
@@ -435,7 +446,8 @@ void llama_random(Llama<Dev>& m, const BaseOptions& options) {
 // ---------------------------------------------------------------------------------------------------------------------
 // adapters, as PEFT writes and reads them
 
-inline const char* const module_name[MODULES] = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"};
+inline const char* const module_name[MODULES] = {"q_proj",    "k_proj",  "v_proj",   "o_proj",
+                                                 "gate_proj", "up_proj", "down_proj"};
 
 // adapter_config.json for the adapter (keys sorted, as PEFT writes them).
 inline std::string adapter_config_text(const LoraConfig& lora, const std::string& base_name) {
@@ -455,13 +467,17 @@ inline std::string adapter_config_text(const LoraConfig& lora, const std::string
     j.set("loftq_config", Json::object()).set("lora_alpha", alpha).set("lora_dropout", lora.dropout);
     j.set("megatron_config", Json()).set("megatron_core", "megatron.core").set("modules_to_save", Json());
     j.set("peft_type", "LORA").set("r", lora.r).set("rank_pattern", Json::object()).set("revision", Json());
-    j.set("target_modules", targets).set("task_type", "CAUSAL_LM").set("use_dora", false).set("use_rslora", lora.rslora);
+    j.set("target_modules", targets)
+        .set("task_type", "CAUSAL_LM")
+        .set("use_dora", false)
+        .set("use_rslora", lora.rslora);
     return json_write(j, 2, true) + "\n";
 }
 
 // The tensors of the adapter file; `values` (fp32) and `rounded` hold what they point to.
 template <class Dev>
-std::vector<TensorOut> adapter_tensors(Llama<Dev>& m, std::vector<float>& values, std::vector<bf16>& rounded, bool as_bf16) {
+std::vector<TensorOut> adapter_tensors(Llama<Dev>& m, std::vector<float>& values, std::vector<bf16>& rounded,
+                                       bool as_bf16) {
     using real = typename Dev::real;
     std::vector<real> p(m.adapter.size);
     device_from(m.dev, p.data(), m.adapter.p, p.size() * sizeof(real));
@@ -504,8 +520,9 @@ Error adapter_load(Llama<Dev>& m, const std::string& dir) {
             t = safetensors_find(r.st, stored);
         }
         if (error || t == nullptr) {
-            error = error ? error : bad_input("%s: tensor %s is missing", path.c_str(), name.c_str())
-                .hinted("adapter_config.json names modules or layers that the file does not hold");
+            error = error ? error
+                          : bad_input("%s: tensor %s is missing", path.c_str(), name.c_str())
+                                .hinted("adapter_config.json names modules or layers that the file does not hold");
             return;
         }
         r.wanted.insert(stored);
@@ -519,7 +536,7 @@ Error adapter_load(Llama<Dev>& m, const std::string& dir) {
     for (const Tensor& t : r.st.tensors) {
         if (!error && r.wanted.count(t.name) == 0) {
             error = bad_input("%s: unexpected tensor %s", path.c_str(), printable(t.name).c_str())
-                .hinted("only LoRA matrices of the seven linears of a Llama are supported");
+                        .hinted("only LoRA matrices of the seven linears of a Llama are supported");
         }
     }
     device_to(m.dev, m.adapter.p, p.data(), p.size() * sizeof(real));

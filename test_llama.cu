@@ -1,6 +1,7 @@
 // test_llama [SUBSTRING...] [--quick] [--list]: runs the tests whose name has one of the substrings (all without any).
 // Owns the list of groups and the counting; the tests are in dev/tests/. One line a test; the last line is
-// `N passed, N failed, N skipped`; exit 1 when one failed. --quick leaves out what takes long (for slow, instrumented builds).
+// `N passed, N failed, N skipped`; exit 1 when one failed. --quick leaves out what takes long (for slow, instrumented
+// builds).
 #include <chrono>
 #include <cstdio>
 #include <cstring>
@@ -21,15 +22,28 @@ static const struct {
     const Test* tests;
     bool slow;
 } groups[] = {
-    {"json", json_tests, false},           {"files", files_tests, false},     {"safetensors", safetensors_tests, false},
+    {"json", json_tests, false},
+    {"files", files_tests, false},
+    {"safetensors", safetensors_tests, false},
     {"bnb", bnb_tests, false},
-    {"config", config_tests, false},       {"options", options_tests, false}, {"run", run_tests, false},
+    {"config", config_tests, false},
+    {"options", options_tests, false},
+    {"run", run_tests, false},
     {"tokenizer_files", tokenizer_files_tests, false},
-    {"tokenizer", tokenizer_tests, false}, {"records", records_tests, false}, {"chat", chat_tests, false},
-    {"pack", pack_tests, false},           {"random", random_tests, false},   {"elementwise", elementwise_tests, false},
-    {"attention", attention_tests, false}, {"adamw", adamw_tests, false},     {"linear", linear_tests, false},
-    {"nf4", nf4_tests, false},             {"classifier", classifier_tests, false}, {"model", model_tests, false},
-    {"load", load_tests, false},           {"trainer", trainer_tests, true},
+    {"tokenizer", tokenizer_tests, false},
+    {"records", records_tests, false},
+    {"chat", chat_tests, false},
+    {"pack", pack_tests, false},
+    {"random", random_tests, false},
+    {"elementwise", elementwise_tests, false},
+    {"attention", attention_tests, false},
+    {"adamw", adamw_tests, false},
+    {"linear", linear_tests, false},
+    {"nf4", nf4_tests, false},
+    {"classifier", classifier_tests, false},
+    {"model", model_tests, false},
+    {"load", load_tests, false},
+    {"trainer", trainer_tests, true},
 };
 
 static bool wanted(const std::string& name, const std::vector<std::string>& parts) {

@@ -1,5 +1,5 @@
-// Checkpoints of a run: what state.json holds, saving, the checks before a resume, restoring. Whole-or-absent writing and
-// hashes are io/run.h's.
+// Checkpoints of a run: what state.json holds, saving, the checks before a resume, restoring. Whole-or-absent writing
+// and hashes are io/run.h's.
 #pragma once
 #include "train_run.h"
 
@@ -29,8 +29,8 @@ inline Json resolved_settings(const Run& run) {
     return j;
 }
 
-// regular: one of the run's own save points. Another (after a signal) leaves no trace in the log of the run that goes on
-// from it.
+// regular: one of the run's own save points. Another (after a signal) leaves no trace in the log of the run that goes
+// on from it.
 template <class Dev>
 Error checkpoint_save(Run& run, Llama<Dev>& m, bool regular) {
     static_assert(sizeof(typename Dev::real) == 4, "the moments are written as F32");
@@ -41,13 +41,21 @@ Error checkpoint_save(Run& run, Llama<Dev>& m, bool regular) {
     Json state = Json::object();
     state.set("version", 1).set("step", run.step).set("log_bytes", regular ? log_bytes(run.log) : log_before);
     state.set("fingerprints", fingerprints(run)).set("resolved", resolved_settings(run)).set("val", run.val.hash);
-    state.set("execution", Json::object().set("pass_tokens", run.plan.pass_tokens).set("recompute", recompute_name(run.plan.recompute))
-                               .set("device", "cpu").set("tier", m.dev.isa->name).set("program", train_llama_version));
+    state.set("execution", Json::object()
+                               .set("pass_tokens", run.plan.pass_tokens)
+                               .set("recompute", recompute_name(run.plan.recompute))
+                               .set("device", "cpu")
+                               .set("tier", m.dev.isa->name)
+                               .set("program", train_llama_version));
     state.set("first_loss", run.first_loss).set("last_loss", run.last_loss).set("window_loss", run.window_loss);
     state.set("window_steps", run.window_steps);
     Json evaluations = Json::array();
     for (const Evaluation& e : run.evaluations) {
-        evaluations.push(Json::object().set("step", e.step).set("loss", e.loss).set("accuracy", e.accuracy).set("train_loss", e.train_loss));
+        evaluations.push(Json::object()
+                             .set("step", e.step)
+                             .set("loss", e.loss)
+                             .set("accuracy", e.accuracy)
+                             .set("train_loss", e.train_loss));
     }
     state.set("evaluations", evaluations);
     std::vector<float> values;
@@ -58,8 +66,10 @@ Error checkpoint_save(Run& run, Llama<Dev>& m, bool regular) {
     std::vector<CheckpointFile> files(4);
     files[0] = {"adapter_model.safetensors", "", adapter_tensors(m, values, rounded, false)};
     files[1] = {"adapter_config.json", adapter_config_text(run.lora, run.base_name), {}};
-    files[2] = {"optimizer.safetensors", "", {{"exp_avg", "F32", {moment1.size()}, moment1.data()},
-                                              {"exp_avg_sq", "F32", {moment2.size()}, moment2.data()}}};
+    files[2] = {"optimizer.safetensors",
+                "",
+                {{"exp_avg", "F32", {moment1.size()}, moment1.data()},
+                 {"exp_avg_sq", "F32", {moment2.size()}, moment2.data()}}};
     files[3] = {"state.json", json_write(state, 1) + "\n", {}};
     return checkpoint_write(run.dir, run.step, files, run.o.keep);
 }
@@ -69,7 +79,8 @@ template <class Dev>
 bool checkpoint_try(Run& run, Llama<Dev>& m, bool regular) {
     Error e = checkpoint_save(run, m, regular);
     if (e) {
-        console_warn(run.console, "no checkpoint at step %lld: %s; those before are kept", (long long)run.step, e.what.c_str());
+        console_warn(run.console, "no checkpoint at step %lld: %s; those before are kept", (long long)run.step,
+                     e.what.c_str());
         log_event(run.log, Json::object().set("event", "checkpoint_failed").set("step", run.step).set("why", e.what));
     }
     return !e;
@@ -82,7 +93,8 @@ inline std::string differences(const Json* then, const Json& now) {
         const Json* old = then == nullptr ? nullptr : then->find(now.keys[i].c_str());
         std::string was = old ? json_write(*old) : "nothing", is = json_write(now.items[i]);
         if (was != is) {
-            differ += (differ.empty() ? "" : "; ") + now.keys[i] + " (then " + printable(was) + ", now " + printable(is) + ")";
+            differ += (differ.empty() ? "" : "; ") + now.keys[i] + " (then " + printable(was) + ", now " +
+                      printable(is) + ")";
         }
     }
     return differ;
@@ -93,12 +105,14 @@ inline Error resume_check(Run& run) {
     std::string differ = differences(state.find("fingerprints"), fingerprints(run));
     differ = differ.empty() ? differences(state.find("resolved"), resolved_settings(run)) : differ;
     if (!differ.empty()) {
-        return bad_input("%s: cannot go on from it, these have changed: %s", run.checkpoint.path.c_str(), differ.c_str())
+        return bad_input("%s: cannot go on from it, these have changed: %s", run.checkpoint.path.c_str(),
+                         differ.c_str())
             .hinted("restore them, or start a new run with another -o");
     }
     const Json* val = state.find("val");
     if (val != nullptr && val->string != run.val.hash) {
-        console_warn(run.console, "the held-out data is not what it was: evaluations before and after this resume do not compare");
+        console_warn(run.console,
+                     "the held-out data is not what it was: evaluations before and after this resume do not compare");
     }
     return {};
 }
@@ -112,7 +126,8 @@ inline double state_number(const Json& state, const char* key) {
 inline Error state_restore(Run& run, uint64_t* keep_log) {
     const Json& s = run.checkpoint.state;
     if (state_number(s, "version") != 1) {
-        return bad_input("%s: written by a newer version of this program", run.checkpoint.path.c_str()).hinted("use that version to go on");
+        return bad_input("%s: written by a newer version of this program", run.checkpoint.path.c_str())
+            .hinted("use that version to go on");
     }
     if (Error e = resume_check(run)) {
         return e;
@@ -126,8 +141,8 @@ inline Error state_restore(Run& run, uint64_t* keep_log) {
     const Json* list = s.find("evaluations");
     for (size_t i = 0; list != nullptr && i < list->items.size(); i++) {
         const Json& e = list->items[i];
-        run.evaluations.push_back({int64_t(state_number(e, "step")), state_number(e, "loss"), state_number(e, "accuracy"),
-                                   state_number(e, "train_loss")});
+        run.evaluations.push_back({int64_t(state_number(e, "step")), state_number(e, "loss"),
+                                   state_number(e, "accuracy"), state_number(e, "train_loss")});
     }
     return {};
 }
@@ -145,7 +160,8 @@ Error checkpoint_restore(Llama<Dev>& m, const Checkpoint& checkpoint) {
     }
     Error error;
     std::vector<real> host(m.adapter.size);
-    for (const char* name : {"exp_avg", "exp_avg_sq"}) {
+    const char* const names[] = {"exp_avg", "exp_avg_sq"};
+    for (const char* name : names) {
         const Tensor* t = safetensors_find(r.st, name);
         if (t == nullptr || t->dtype != "F32" || t->elements() != m.adapter.size) {
             return bad_input("%s: tensor %s is missing or has another size than the adapter", path.c_str(), name);

@@ -1,5 +1,6 @@
-// train_llama: a run of fine-tuning from its options to the files it leaves. Owns the loop, evaluation, what is logged and
-// shown, the benchmark. Settings and data of a run are train_run.h's; no tensor arithmetic: that is llama.h and kernels/.
+// train_llama: a run of fine-tuning from its options to the files it leaves. Owns the loop, evaluation, what is logged
+// and shown, the benchmark. Settings and data of a run are train_run.h's; no tensor arithmetic: that is llama.h and
+// kernels/.
 //
 //   epoch e's order = permutation(seed, e); a step = the next -b examples of it, split into passes of whole documents
 //   loss = sum of cross-entropy over the step's targets / their number;  clip;  AdamW on A and B
@@ -32,7 +33,8 @@ static Json log_run(const Run& run, const std::string& device) {
         }
     }
     j.set("device", device).set("model_dir", run.model_dir).set("base_sha256", run.base_hash);
-    j.set("parameters", uint64_t(model_parameters(run.c))).set("adapter_parameters", uint64_t(adapter_elements(run.c, run.lora)));
+    j.set("parameters", uint64_t(model_parameters(run.c)))
+        .set("adapter_parameters", uint64_t(adapter_elements(run.c, run.lora)));
     j.set("template_used", run.form.name()).set("unicode", run.tokenizer.unicode_version);
     return j;
 }
@@ -57,14 +59,16 @@ static Json log_plan(const Plan& p) {
 
 static void plan_show(Run& run) {
     const Plan& p = run.plan;
-    console_table(run.console, {{"memory plan", ""},
-                                {"  base (" + p.base_text + ")", text_bytes(double(p.weights))},
-                                {"  adapter and gradients (fp32)", text_bytes(double(p.adapter))},
-                                {"  optimizer moments (fp32)", text_bytes(double(p.optimizer))},
-                                {text_format("  activations (passes of %zu tokens, recompute %s)", p.pass_tokens,
-                                             recompute_name(p.recompute)), text_bytes(double(p.activations))},
-                                {"  workspace", text_bytes(double(p.workspace))},
-                                {"  together, of " + text_bytes(double(machine_memory())), text_bytes(double(p.total()))}});
+    console_table(
+        run.console,
+        {{"memory plan", ""},
+         {"  base (" + p.base_text + ")", text_bytes(double(p.weights))},
+         {"  adapter and gradients (fp32)", text_bytes(double(p.adapter))},
+         {"  optimizer moments (fp32)", text_bytes(double(p.optimizer))},
+         {text_format("  activations (passes of %zu tokens, recompute %s)", p.pass_tokens, recompute_name(p.recompute)),
+          text_bytes(double(p.activations))},
+         {"  workspace", text_bytes(double(p.workspace))},
+         {"  together, of " + text_bytes(double(machine_memory())), text_bytes(double(p.total()))}});
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -93,20 +97,27 @@ bool evaluate(Evaluation& e, Run& run, Llama<Dev>& m) {
     return true;
 }
 
-// Validation loss has risen twice in a row while training loss fell: the adapter has begun to learn the examples by heart.
+// Validation loss has risen twice in a row while training loss fell: the adapter has begun to learn the examples by
+// heart.
 static void overfitting_warning(Run& run) {
     const std::vector<Evaluation>& e = run.evaluations;
     const size_t n = e.size();
-    if (n < 3 || !(e[n - 1].loss > e[n - 2].loss && e[n - 2].loss > e[n - 3].loss && e[n - 1].train_loss < e[n - 2].train_loss)) {
+    if (n < 3 || !(e[n - 1].loss > e[n - 2].loss && e[n - 2].loss > e[n - 3].loss &&
+                   e[n - 1].train_loss < e[n - 2].train_loss)) {
         return;
     }
     const Evaluation* best = &e[0];
     for (const Evaluation& x : e) {
         best = x.loss < best->loss ? &x : best;
     }
-    console_warn(run.console, "overfitting: validation loss has risen for two evaluations (%.4f, %.4f, %.4f) while training loss "
-                 "fell; the best step was %lld (%.4f)", e[n - 3].loss, e[n - 2].loss, e[n - 1].loss, (long long)best->step, best->loss);
-    log_event(run.log, Json::object().set("event", "overfitting").set("step", run.step).set("best_step", best->step)
+    console_warn(run.console,
+                 "overfitting: validation loss has risen for two evaluations (%.4f, %.4f, %.4f) while training loss "
+                 "fell; the best step was %lld (%.4f)",
+                 e[n - 3].loss, e[n - 2].loss, e[n - 1].loss, (long long)best->step, best->loss);
+    log_event(run.log, Json::object()
+                           .set("event", "overfitting")
+                           .set("step", run.step)
+                           .set("best_step", best->step)
                            .set("best_loss", best->loss));
 }
 
@@ -114,15 +125,20 @@ static void overfitting_warning(Run& run) {
 template <class Dev>
 bool evaluate_and_log(Run& run, Llama<Dev>& m) {
     Evaluation e;
-    if (run.val.size() == 0 || (!run.evaluations.empty() && run.evaluations.back().step == run.step) || !evaluate(e, run, m)) {
+    if (run.val.size() == 0 || (!run.evaluations.empty() && run.evaluations.back().step == run.step) ||
+        !evaluate(e, run, m)) {
         return true;
     }
     e.train_loss = run.window_steps > 0 ? run.window_loss / double(run.window_steps) : 0;
     run.window_loss = 0;
     run.window_steps = 0;
     run.evaluations.push_back(e);
-    log_event(run.log, Json::object().set("event", "eval").set("step", e.step).set("loss", e.loss)
-                           .set("perplexity", std::exp(e.loss)).set("token_accuracy", e.accuracy));
+    log_event(run.log, Json::object()
+                           .set("event", "eval")
+                           .set("step", e.step)
+                           .set("loss", e.loss)
+                           .set("perplexity", std::exp(e.loss))
+                           .set("token_accuracy", e.accuracy));
     console_line(run.console, text_format("eval step %lld | loss %.4f | perplexity %.3f | next-token accuracy %.1f %%",
                                           (long long)e.step, e.loss, std::exp(e.loss), 100 * e.accuracy));
     overfitting_warning(run);
@@ -138,44 +154,62 @@ static StepRates step_rates(const Run& run, int64_t s) {
 }
 
 static void step_log(Run& run, const StepResult& r, double lr, double seconds, double eta) {
-    const double rate = double(r.tokens) / seconds, mfu = run.peak_gflops > 0 ? r.flops / seconds / 1e9 / run.peak_gflops : 0;
-    log_event(run.log, Json::object().set("event", "step").set("step", run.step)
-                           .set("epoch", double(run.step) / double(run.steps_per_epoch)).set("loss", r.loss).set("lr", lr)
-                           .set("grad_norm", r.grad_norm).set("tokens", r.tokens).set("target_tokens", r.targets)
-                           .set("ms", seconds * 1e3).set("tokens_per_s", rate).set("mfu", mfu));
-    console_live(run.console, text_format("step %4lld/%lld | loss %.4f | norm %.3f | lr %.2e | %.0f tok/s | %4.1f%% mfu | eta %s",
-                                          (long long)run.step, (long long)run.steps, r.loss, r.grad_norm, lr, rate, 100 * mfu,
-                                          text_duration(eta).c_str()), run.step == run.steps);
+    const double rate = double(r.tokens) / seconds,
+                 mfu = run.peak_gflops > 0 ? r.flops / seconds / 1e9 / run.peak_gflops : 0;
+    log_event(run.log, Json::object()
+                           .set("event", "step")
+                           .set("step", run.step)
+                           .set("epoch", double(run.step) / double(run.steps_per_epoch))
+                           .set("loss", r.loss)
+                           .set("lr", lr)
+                           .set("grad_norm", r.grad_norm)
+                           .set("tokens", r.tokens)
+                           .set("target_tokens", r.targets)
+                           .set("ms", seconds * 1e3)
+                           .set("tokens_per_s", rate)
+                           .set("mfu", mfu));
+    console_live(run.console,
+                 text_format("step %4lld/%lld | loss %.4f | norm %.3f | lr %.2e | %.0f tok/s | %4.1f%% mfu | eta %s",
+                             (long long)run.step, (long long)run.steps, r.loss, r.grad_norm, lr, rate, 100 * mfu,
+                             text_duration(eta).c_str()),
+                 run.step == run.steps);
 }
 
 // Ends a run whose step or evaluation is not finite: what, where, which lines. s: the step from 0, -1 before the first.
 static Error diverged(Run& run, const std::string& bad, int64_t s) {
     std::string lines;
     for (size_t i : s >= 0 ? step_examples(run, s) : std::vector<size_t>()) {
-        lines += (lines.empty() ? "" : ", ") + run.train.files[size_t(run.train.file[i])] + ":" + std::to_string(run.train.line[i]);
+        lines += (lines.empty() ? "" : ", ") + run.train.files[size_t(run.train.file[i])] + ":" +
+                 std::to_string(run.train.line[i]);
     }
-    log_event(run.log, Json::object().set("event", "end").set("reason", "diverged").set("steps", run.step).set("bad", bad));
+    log_event(run.log,
+              Json::object().set("event", "end").set("reason", "diverged").set("steps", run.step).set("bad", bad));
     std::string where = path_join(run.dir, "checkpoints");
     Error e = {3, text_format("training diverged at step %lld: %s is not finite", (long long)(s + 1), bad.c_str()), ""};
     e.what += lines.empty() ? "" : "; the step's lines: " + printable(lines, 1000);
-    return e.hinted("lower --lr, or look at these lines" + (path_exists(where) ? "; the checkpoints before it are in " + where : ""));
+    return e.hinted("lower --lr, or look at these lines" +
+                    (path_exists(where) ? "; the checkpoints before it are in " + where : ""));
 }
 
 static bool is_due(const Run& run, int64_t every) {
     return run.step % (every > 0 ? every : run.steps_per_epoch) == 0 || run.step == run.steps;
 }
 
-// Saves when it is due or a signal came. An Error only for the end of the run: 128 + signal, or 1 when that save failed.
+// Saves when it is due or a signal came. An Error only for the end of the run: 128 + signal, or 1 when that save
+// failed.
 template <class Dev>
 Error save_or_stop(Run& run, Llama<Dev>& m) {
     const bool regular = is_due(run, run.o.save_every), stop = stop_signal != 0 && run.step < run.steps;
-    bool saved = run.step == 0 || run.checkpoint.step == run.step || !(regular || stop) || checkpoint_try(run, m, regular);
+    bool saved =
+        run.step == 0 || run.checkpoint.step == run.step || !(regular || stop) || checkpoint_try(run, m, regular);
     if (!stop) {
         return {};
     }
-    log_event(run.log, Json::object().set("event", "end").set("reason", saved ? "signal" : "error").set("steps", run.step));
+    log_event(run.log,
+              Json::object().set("event", "end").set("reason", saved ? "signal" : "error").set("steps", run.step));
     if (!saved) {
-        return runtime_failure("stopped by a signal after step %lld, and that step could not be saved", (long long)run.step)
+        return runtime_failure("stopped by a signal after step %lld, and that step could not be saved",
+                               (long long)run.step)
             .hinted("an earlier checkpoint may be there: train_llama --resume -o " + run.dir);
     }
     return Error{128 + stop_signal, "stopped by a signal after step " + std::to_string(run.step),
@@ -204,7 +238,8 @@ Error train_loop(Run& run, Llama<Dev>& m) {
         }
         run.step++;
         if (s == 0 && r.loss > std::log(double(run.c.V)) + 1) {
-            console_warn(run.console, "the first loss %.2f is worse than guessing (ln V = %.2f): tokenizer and model may not match",
+            console_warn(run.console,
+                         "the first loss %.2f is worse than guessing (ln V = %.2f): tokenizer and model may not match",
                          r.loss, std::log(double(run.c.V)));
         }
         run.first_loss = s == 0 ? r.loss : run.first_loss;
@@ -229,9 +264,11 @@ static void closing_table(Run& run, const std::string& hash, double seconds) {
         const Evaluation &a = run.evaluations.front(), &b = run.evaluations.back();
         rows.push_back({"validation loss", text_format("%.4f", a.loss), text_format("%.4f", b.loss)});
         rows.push_back({"perplexity", text_format("%.3f", std::exp(a.loss)), text_format("%.3f", std::exp(b.loss))});
-        rows.push_back({"next-token accuracy", text_format("%.1f %%", 100 * a.accuracy), text_format("%.1f %%", 100 * b.accuracy)});
+        rows.push_back({"next-token accuracy", text_format("%.1f %%", 100 * a.accuracy),
+                        text_format("%.1f %%", 100 * b.accuracy)});
     }
-    rows.push_back({"training loss (first, last step)", text_format("%.4f", run.first_loss), text_format("%.4f", run.last_loss)});
+    rows.push_back(
+        {"training loss (first, last step)", text_format("%.4f", run.first_loss), text_format("%.4f", run.last_loss)});
     console_table(run.console, rows);
     console_fact(run.console, "%lld steps in %s, peak memory %s", (long long)run.steps, text_duration(seconds).c_str(),
                  text_bytes(double(peak_memory())).c_str());
@@ -272,8 +309,11 @@ static Error text_open(Run& run) {
         console_warn(run.console, "%s", w.c_str());
     }
     const std::string& t = run.o.chat_template;
-    return chat_form_choose(run.form, run.tokenizer, t == "llama3" ? Template::LLAMA3 : t == "llama3-raw" ? Template::LLAMA3_RAW :
-                                                     t == "plain" ? Template::PLAIN : Template::AUTO);
+    return chat_form_choose(run.form, run.tokenizer,
+                            t == "llama3"       ? Template::LLAMA3
+                            : t == "llama3-raw" ? Template::LLAMA3_RAW
+                            : t == "plain"      ? Template::PLAIN
+                                                : Template::AUTO);
 }
 
 // A model's rows for the control tokens of its chat template may never have been trained (base models): said, since
@@ -294,9 +334,11 @@ void untrained_rows_warning(Run& run, Llama<Dev>& m) {
         sample.push_back(norm(i * size_t(run.c.V) / std::min<size_t>(1000, run.c.V)));
     }
     std::nth_element(sample.begin(), sample.begin() + sample.size() / 2, sample.end());
-    for (int id : {run.form.header, run.form.header_end, run.form.eot}) {
+    const int ids[] = {run.form.header, run.form.header_end, run.form.eot};
+    for (int id : ids) {
         if (id >= 0 && norm(id) < 0.25 * sample[sample.size() / 2]) {
-            console_warn(run.console, "the embedding of %s looks untrained (a base model?); it is frozen and will stay meaningless",
+            console_warn(run.console,
+                         "the embedding of %s looks untrained (a base model?); it is frozen and will stay meaningless",
                          printable(run.tokenizer.pieces[id]).c_str());
         }
     }
@@ -304,9 +346,9 @@ void untrained_rows_warning(Run& run, Llama<Dev>& m) {
 
 static void banner(Run& run, const std::string& device, int threads) {
     console_fact(run.console, "train_llama %s on %s, %d threads", train_llama_version, device.c_str(), threads);
-    console_fact(run.console, "base %s: %s parameters, %d layers, hidden %d, %d/%d heads of %d, vocabulary %d%s", run.model_dir.c_str(),
-                 text_count(model_parameters(run.c)).c_str(), run.c.L, run.c.C, run.c.NH, run.c.NKV, run.c.HS, run.c.V,
-                 run.c.tied ? ", tied head" : "");
+    console_fact(run.console, "base %s: %s parameters, %d layers, hidden %d, %d/%d heads of %d, vocabulary %d%s",
+                 run.model_dir.c_str(), text_count(model_parameters(run.c)).c_str(), run.c.L, run.c.C, run.c.NH,
+                 run.c.NKV, run.c.HS, run.c.V, run.c.tied ? ", tied head" : "");
     std::string targets;
     for (int i = 0; i < MODULES; i++) {
         targets += run.lora.target[i] ? std::string(targets.empty() ? "" : " ") + module_name[i] : "";
@@ -338,8 +380,9 @@ static Error dry_run(Run& run) {
         flops += pass_flops(run.c, run.lora, b);
         tokens += double(b.size());
     }
-    console_fact(run.console, "%lld steps, %lld an epoch; peak rate %.3g after %lld steps of warm-up, %s", (long long)run.steps,
-                 (long long)run.steps_per_epoch, run.lr, (long long)run.warmup, o.schedule.c_str());
+    console_fact(run.console, "%lld steps, %lld an epoch; peak rate %.3g after %lld steps of warm-up, %s",
+                 (long long)run.steps, (long long)run.steps_per_epoch, run.lr, (long long)run.warmup,
+                 o.schedule.c_str());
     console_fact(run.console, "speed at most %.0f tok/s (the measured peak of %.0f GFLOP/s; half of it is usual)",
                  tokens / (flops / 1e9 / run.peak_gflops), run.peak_gflops);
     console_fact(run.console, "dry run: nothing was trained, no run directory was made");
@@ -419,8 +462,12 @@ Error base_open(Run& run, Llama<Dev>& m, const BaseOptions& base) {
 static std::string rejected_text(const Dataset& data) {
     std::string text;
     for (const RejectedLine& r : data.bad) {
-        text += json_write(Json::object().set("file", data.files[size_t(r.file)]).set("line", r.line).set("reason", r.reason)
-                               .set("raw", utf8_replace_invalid(r.raw.data(), r.raw.size(), nullptr))) + "\n";
+        text += json_write(Json::object()
+                               .set("file", data.files[size_t(r.file)])
+                               .set("line", r.line)
+                               .set("reason", r.reason)
+                               .set("raw", utf8_replace_invalid(r.raw.data(), r.raw.size(), nullptr))) +
+                "\n";
     }
     return text;
 }
@@ -429,8 +476,9 @@ static std::string rejected_text(const Dataset& data) {
 static bool is_complete(const Run& run) {
     std::string adapter = path_join(run.dir, "adapter_model.safetensors"), hash;
     InFile log;
-    if (run.checkpoint.step < run.steps || !path_exists(adapter) || !path_exists(path_join(run.dir, "adapter_config.json")) ||
-        sha256_file(hash, adapter) || file_open(log, path_join(run.dir, "log.jsonl"))) {
+    if (run.checkpoint.step < run.steps || !path_exists(adapter) ||
+        !path_exists(path_join(run.dir, "adapter_config.json")) || sha256_file(hash, adapter) ||
+        file_open(log, path_join(run.dir, "log.jsonl"))) {
         return false;
     }
     std::string tail(size_t(std::min<uint64_t>(log.size, 400)), ' ');
@@ -457,7 +505,8 @@ Error run_files(Run& run, Llama<Dev>& m, uint64_t keep_log, const std::string& d
         log_event(run.log, log_plan(run.plan));
     }
     if (!run.train.bad.empty() || !run.val.bad.empty()) {
-        if (Error e = file_replace(path_join(run.dir, "rejected.jsonl"), rejected_text(run.train) + rejected_text(run.val))) {
+        if (Error e =
+                file_replace(path_join(run.dir, "rejected.jsonl"), rejected_text(run.train) + rejected_text(run.val))) {
             return e;
         }
     }
@@ -470,7 +519,11 @@ Error run_files(Run& run, Llama<Dev>& m, uint64_t keep_log, const std::string& d
         log_event(run.log, Json::object().set("event", "end").set("reason", "error").set("steps", run.step));
         return e.hinted("free space or mend the directory, then: train_llama --resume -o " + run.dir);
     }
-    log_event(run.log, Json::object().set("event", "end").set("reason", "finished").set("steps", run.step).set("adapter_sha256", hash));
+    log_event(run.log, Json::object()
+                           .set("event", "end")
+                           .set("reason", "finished")
+                           .set("steps", run.step)
+                           .set("adapter_sha256", hash));
     log_sync(run.log);
     closing_table(run, hash, seconds_now() - started + setup);
     return {};
@@ -489,7 +542,8 @@ Error data_and_plan(Run& run, Dev& dev, const BaseOptions& base, size_t* longest
     }
     size_t most;
     data_extent(run, longest, &most);
-    Error e = plan_choose(run.plan, dev, run.c, run.lora, base, *longest, most, o.pass_tokens, o.recompute, machine_memory());
+    Error e =
+        plan_choose(run.plan, dev, run.c, run.lora, base, *longest, most, o.pass_tokens, o.recompute, machine_memory());
     if (run.checkpoint.step >= 0) {
         execution_restore(run, dev.isa->name);
         plan_fill(run.plan, dev, run.c, run.lora, base, *longest);
@@ -554,8 +608,10 @@ Error train(Run& run, Dev& dev) {
     e = e ? e : checkpoint_preflight(run.dir, 3 * adapter_elements(run.c, run.lora) * 4);
     if (!e) {
         console_fact(run.console, "run directory %s", run.dir.c_str());
-        console_fact(run.console, "%lld steps of up to %d examples, %lld an epoch; peak rate %.3g after %lld steps of warm-up, %s",
-                     (long long)run.steps, o.batch, (long long)run.steps_per_epoch, run.lr, (long long)run.warmup, o.schedule.c_str());
+        console_fact(run.console,
+                     "%lld steps of up to %d examples, %lld an epoch; peak rate %.3g after %lld steps of warm-up, %s",
+                     (long long)run.steps, o.batch, (long long)run.steps_per_epoch, run.lr, (long long)run.warmup,
+                     o.schedule.c_str());
         e = run_files(run, m, keep_log, device, seconds_now() - started);
     }
     log_close(run.log);
@@ -585,8 +641,8 @@ Error benchmark(Run& run, Dev& dev) {
     const BaseOptions base = {o.quant == "nf4", o.double_quant};
     run.peak_gflops = cpu_peak_gflops(dev);
     banner(run, text_format("cpu, %s", dev.isa->name), dev.threads);
-    Error plan = plan_choose(run.plan, dev, run.c, run.lora, base, run.max_tokens, run.max_tokens * size_t(o.batch), o.pass_tokens,
-                             o.recompute, machine_memory());
+    Error plan = plan_choose(run.plan, dev, run.c, run.lora, base, run.max_tokens, run.max_tokens * size_t(o.batch),
+                             o.pass_tokens, o.recompute, machine_memory());
     if (run.plan.pass_tokens > 0) {
         plan_show(run);
     }
@@ -611,12 +667,15 @@ Error benchmark(Run& run, Dev& dev) {
             std::fill(m.op_seconds, m.op_seconds + OPS, 0.0);
         }
         const double t = seconds_now();
-        r = train_step(m, run.train, examples, run.plan.pass_tokens, o.pack, s + 1, {1e-4, o.beta1, o.beta2, o.eps, 0, o.clip});
+        r = train_step(m, run.train, examples, run.plan.pass_tokens, o.pack, s + 1,
+                       {1e-4, o.beta1, o.beta2, o.eps, 0, o.clip});
         if (s > 0) {
             seconds.push_back(seconds_now() - t);
-            console_live(run.console, text_format("step %lld/%lld | loss %.4f | %.0f ms | %.1f tok/s", (long long)s,
-                                                  (long long)o.benchmark, r.loss, seconds.back() * 1e3, double(r.tokens) / seconds.back()),
-                         s == o.benchmark);
+            console_live(
+                run.console,
+                text_format("step %lld/%lld | loss %.4f | %.0f ms | %.1f tok/s", (long long)s, (long long)o.benchmark,
+                            r.loss, seconds.back() * 1e3, double(r.tokens) / seconds.back()),
+                s == o.benchmark);
         }
     }
     double total = std::accumulate(seconds.begin(), seconds.end(), 0.0);
@@ -631,7 +690,8 @@ Error benchmark(Run& run, Dev& dev) {
     const double peak = std::max(run.peak_gflops, cpu_peak_gflops(dev));
     console_fact(run.console, "median %.1f ms a step of %zu tokens, peak memory %s", median * 1e3, r.tokens,
                  text_bytes(double(peak_memory())).c_str());
-    console_fact(run.console, "achieved %.1f GFLOP/s, measured peak %.1f GFLOP/s: %.1f %%", achieved, peak, 100 * achieved / peak);
+    console_fact(run.console, "achieved %.1f GFLOP/s, measured peak %.1f GFLOP/s: %.1f %%", achieved, peak,
+                 100 * achieved / peak);
     printf("tokens_per_s: %.2f\n", double(r.tokens) / median);
     llama_free(m);
     return {};
@@ -648,7 +708,8 @@ Error shape_plan(Run& run, Dev& dev) {
     banner(run, text_format("cpu, %s", dev.isa->name), dev.threads);
     const BaseOptions base = {o.quant == "nf4", o.double_quant};
     const size_t most = run.max_tokens * size_t(o.batch);
-    Error e = plan_choose(run.plan, dev, run.c, run.lora, base, run.max_tokens, most, o.pass_tokens, o.recompute, machine_memory());
+    Error e = plan_choose(run.plan, dev, run.c, run.lora, base, run.max_tokens, most, o.pass_tokens, o.recompute,
+                          machine_memory());
     if (run.plan.pass_tokens > 0) {
         plan_show(run);
     }
@@ -674,7 +735,8 @@ static Error launcher_check() {
     for (const char* name : {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"}) {
         const char* value = getenv(name);
         if (value != nullptr && atoi(value) > 1) {
-            return bad_input("started by a launcher with %d tasks (%s), but this program is built without MPI", atoi(value), name)
+            return bad_input("started by a launcher with %d tasks (%s), but this program is built without MPI",
+                             atoi(value), name)
                 .hinted("start it once, without mpirun or srun (training on many ranks is not part of this version)");
         }
     }
@@ -683,7 +745,8 @@ static Error launcher_check() {
 
 static Error device_settings(const Options& o) {
     if (o.device == "cuda") {
-        return bad_input("--device cuda: this version trains on the CPU only").hinted("leave out --device, or give --device cpu");
+        return bad_input("--device cuda: this version trains on the CPU only")
+            .hinted("leave out --device, or give --device cpu");
     }
     if (o.math != "auto" && o.math != "fp32") {
         return bad_input("--math %s: this version computes in fp32 only", o.math.c_str()).hinted("leave out --math");
@@ -691,7 +754,8 @@ static Error device_settings(const Options& o) {
     return {};
 }
 
-// The run directory's name; with --resume its settings where the command line gives none, and the checkpoint to go on from.
+// The run directory's name; with --resume its settings where the command line gives none, and the checkpoint to go on
+// from.
 static Error directory_settings(Run& run) {
     Options& o = run.o;
     run.dir = o.output;
@@ -703,7 +767,8 @@ static Error directory_settings(Run& run) {
         }
     }
     if (!o.resume) {
-        run.dir = run.dir.empty() && !o.inputs.empty() ? run_directory_name(path_stem(o.inputs[0]), from.r, false) : run.dir;
+        run.dir =
+            run.dir.empty() && !o.inputs.empty() ? run_directory_name(path_stem(o.inputs[0]), from.r, false) : run.dir;
         return {};
     }
     run.pass_tokens_given = o.has("pass-tokens");
@@ -765,7 +830,8 @@ static Error outputs_check(const Run& run) {
         return {};
     }
     if (o.overwrite && !o.init_adapter.empty() && is_within(o.init_adapter, run.dir)) {
-        return bad_input("--init-adapter %s lies in the run directory that --overwrite replaces", o.init_adapter.c_str())
+        return bad_input("--init-adapter %s lies in the run directory that --overwrite replaces",
+                         o.init_adapter.c_str())
             .hinted("give another directory with -o");
     }
     return run.lock.fd >= 0 ? Error() : run_directory_check(run.dir, run.model_dir, o.resume, o.overwrite);
@@ -815,7 +881,8 @@ int main(int argc, char** argv) {
     try {
         e = program(run, argc, argv);
     } catch (const std::bad_alloc&) {
-        e = runtime_failure("out of memory").hinted("fewer or shorter examples, a smaller model; --dry-run shows the plan");
+        e = runtime_failure("out of memory")
+                .hinted("fewer or shorter examples, a smaller model; --dry-run shows the plan");
     }
     if (run.lock.fd >= 0) {
         run_unlock(run.lock);

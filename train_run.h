@@ -33,23 +33,23 @@ struct Run {
     Tokenizer tokenizer;
     ChatForm form;
     Dataset train, val;
-    std::string val_source;        // for the banner: a path, "10 % of the input" or why there is none
+    std::string val_source;  // for the banner: a path, "10 % of the input" or why there is none
     Plan plan;
-    size_t max_tokens = 0;         // of an example
+    size_t max_tokens = 0;  // of an example
     int64_t steps = 0, steps_per_epoch = 0, warmup = 0;
     double lr = 0;
     std::string base_hash;
-    double peak_gflops = 0;        // measured on this machine, for mfu
-    std::string base_name;         // of the base in adapter_config.json: -m as given when the run was started
+    double peak_gflops = 0;  // measured on this machine, for mfu
+    std::string base_name;   // of the base in adapter_config.json: -m as given when the run was started
     int threads = 1;
-    std::vector<size_t> order;     // of the examples of epoch order_epoch
+    std::vector<size_t> order;  // of the examples of epoch order_epoch
     int64_t order_epoch = -1;
     RunLog log;
     RunLock lock;
-    Checkpoint checkpoint;         // resumed from; step -1: none
+    Checkpoint checkpoint;                                    // resumed from; step -1: none
     bool pass_tokens_given = false, recompute_given = false;  // on this command line, not by the run resumed
     // what a checkpoint carries beside tensors
-    int64_t step = 0;              // steps done
+    int64_t step = 0;  // steps done
     std::vector<Evaluation> evaluations;
     double first_loss = 0, last_loss = 0, window_loss = 0;
     int64_t window_steps = 0;
@@ -91,7 +91,9 @@ inline std::string default_model(const Run& run) {
     return run.exe_dir + "/dev/tiny_llama";
 }
 
-inline bool is_shape(const Options& o) { return o.model.rfind("shape:", 0) == 0; }
+inline bool is_shape(const Options& o) {
+    return o.model.rfind("shape:", 0) == 0;
+}
 
 // The list was checked with the other options.
 inline void targets_parse(LoraConfig& lora, const std::string& list) {
@@ -100,7 +102,8 @@ inline void targets_parse(LoraConfig& lora, const std::string& list) {
         size_t comma = std::min(list.find(',', at), list.size());
         std::string word = list.substr(at, comma - at);
         for (int m = 0; m < MODULES; m++) {
-            if (word == "all" || word == module_name[m] || (word == "attention" && m <= O_PROJ) || (word == "mlp" && m > O_PROJ)) {
+            if (word == "all" || word == module_name[m] || (word == "attention" && m <= O_PROJ) ||
+                (word == "mlp" && m > O_PROJ)) {
                 lora.target[m] = true;
             }
         }
@@ -142,7 +145,8 @@ inline Error lora_settings(Run& run) {
         }
     }
     if (run.lora.r > limit) {
-        return bad_input("--rank %d is larger than the smallest side of a target matrix (need at most %d)", run.lora.r, limit)
+        return bad_input("--rank %d is larger than the smallest side of a target matrix (need at most %d)", run.lora.r,
+                         limit)
             .hinted("a rank beyond that adds nothing");
     }
     const int served[] = {1, 8, 16, 32, 64, 128, 256, 320, 512};  // vLLM's --max-lora-rank
@@ -158,11 +162,13 @@ inline Error length_settings(Run& run) {
     size_t limit = size_t(run.c.max_positions);
     run.max_tokens = o.max_tokens > 0 ? size_t(o.max_tokens) : std::min<size_t>(2048, limit);
     if (run.c.sliding_window > 0 && run.max_tokens > size_t(run.c.sliding_window)) {
-        return bad_input("%s: the model attends to %d tokens only (sliding_window), and examples may have %zu", run.model_dir.c_str(),
-                         run.c.sliding_window, run.max_tokens).hinted(text_format("lower the length: -t %d", run.c.sliding_window));
+        return bad_input("%s: the model attends to %d tokens only (sliding_window), and examples may have %zu",
+                         run.model_dir.c_str(), run.c.sliding_window, run.max_tokens)
+            .hinted(text_format("lower the length: -t %d", run.c.sliding_window));
     }
     if (run.max_tokens > limit) {
-        console_warn(run.console, "-t %zu is beyond the model's %zu positions: it has not learned them", run.max_tokens, limit);
+        console_warn(run.console, "-t %zu is beyond the model's %zu positions: it has not learned them", run.max_tokens,
+                     limit);
     }
     return {};
 }
@@ -170,10 +176,14 @@ inline Error length_settings(Run& run) {
 inline Error schedule_settings(Run& run) {
     const Options& o = run.o;
     run.steps_per_epoch = int64_t((run.train.size() + o.batch - 1) / o.batch);
-    run.steps = o.steps > 0 ? o.steps : int64_t(std::ceil(o.epochs * double(run.steps_per_epoch) * (1 - 1e-12)));  // 1.1 x 50 is 55, not 56
+    run.steps =
+        o.steps > 0
+            ? o.steps
+            : int64_t(std::ceil(o.epochs * double(run.steps_per_epoch) * (1 - 1e-12)));  // 1.1 x 50 is 55, not 56
     run.warmup = o.warmup >= 0 ? o.warmup : int64_t(std::ceil(0.03 * double(run.steps)));
     if (run.warmup > run.steps) {
-        return bad_input("--warmup %lld is longer than the run (found %lld steps)", (long long)run.warmup, (long long)run.steps)
+        return bad_input("--warmup %lld is longer than the run (found %lld steps)", (long long)run.warmup,
+                         (long long)run.steps)
             .hinted("lower --warmup or train longer (-e, -n)");
     }
     // "LoRA Without Regret" and the Tinker cookbook: ten times the full fine-tuning rate, falling with the width.
@@ -252,8 +262,10 @@ inline void data_report(Run& run) {
         }
     }
     const Dataset& v = run.val;
-    std::string counts = v.size() == 0 ? "" : ", " + text_count(v.size()) + " examples, " + text_count(v.target_tokens) + " targets";
-    const std::pair<size_t, const char*> lost[] = {{v.rejected, "rejected"}, {v.dropped_without_target, "dropped"}, {v.truncated, "cut"}};
+    std::string counts =
+        v.size() == 0 ? "" : ", " + text_count(v.size()) + " examples, " + text_count(v.target_tokens) + " targets";
+    const std::pair<size_t, const char*> lost[] = {
+        {v.rejected, "rejected"}, {v.dropped_without_target, "dropped"}, {v.truncated, "cut"}};
     for (const auto& l : lost) {
         counts += l.first > 0 ? ", " + text_count(l.first) + " " + l.second : "";
     }

@@ -14,7 +14,7 @@
 struct Plan {
     size_t pass_tokens = 0;
     Recompute recompute = Recompute::NONE;
-    std::string base_text;                 // NF4 with double quantisation, bf16, ...
+    std::string base_text;  // NF4 with double quantisation, bf16, ...
     size_t weights = 0, adapter = 0, optimizer = 0, activations = 0, workspace = 0;  // bytes
 
     size_t total() const { return weights + adapter + optimizer + activations + workspace; }
@@ -37,7 +37,8 @@ inline bool recompute_parse(Recompute& r, const std::string& name) {
 
 // A model without memory: the linear groups' shapes, for the workspace functions.
 template <class Dev>
-size_t plan_workspace(Dev& dev, const LlamaConfig& c, const LoraConfig& lora, const BaseOptions& base, size_t N, size_t longest) {
+size_t plan_workspace(Dev& dev, const LlamaConfig& c, const LoraConfig& lora, const BaseOptions& base, size_t N,
+                      size_t longest) {
     Llama<Dev> m;
     m.dev = dev;
     m.c = c;
@@ -60,8 +61,11 @@ size_t plan_workspace(Dev& dev, const LlamaConfig& c, const LoraConfig& lora, co
 
 // Fills the plan for given pass_tokens and recompute. longest: tokens of the longest example.
 template <class Dev>
-void plan_fill(Plan& p, Dev& dev, const LlamaConfig& c, const LoraConfig& lora, const BaseOptions& base, size_t longest) {
-    p.base_text = base.nf4 || c.bnb_nf4 ? base.double_quant ? "NF4, double quantisation" : "NF4" : c.dtype.empty() ? "16 bit" : c.dtype;
+void plan_fill(Plan& p, Dev& dev, const LlamaConfig& c, const LoraConfig& lora, const BaseOptions& base,
+               size_t longest) {
+    p.base_text = base.nf4 || c.bnb_nf4 ? base.double_quant ? "NF4, double quantisation" : "NF4"
+                  : c.dtype.empty()     ? "16 bit"
+                                        : c.dtype;
     p.weights = base_bytes(c, base, c.dtype);
     p.adapter = 2 * adapter_elements(c, lora) * sizeof(typename Dev::real);
     p.optimizer = p.adapter;
@@ -73,8 +77,8 @@ void plan_fill(Plan& p, Dev& dev, const LlamaConfig& c, const LoraConfig& lora, 
 // recomputation; if not even the longest example does, the cheapest recomputation that makes it fit. What the user gave
 // (pass_tokens > 0, recompute not auto) stands. most: tokens of the largest step: longer passes would stay empty.
 template <class Dev>
-Error plan_choose(Plan& p, Dev& dev, const LlamaConfig& c, const LoraConfig& lora, const BaseOptions& base, size_t longest,
-                  size_t most, int pass_tokens, const std::string& recompute, uint64_t memory) {
+Error plan_choose(Plan& p, Dev& dev, const LlamaConfig& c, const LoraConfig& lora, const BaseOptions& base,
+                  size_t longest, size_t most, int pass_tokens, const std::string& recompute, uint64_t memory) {
     if (pass_tokens > 0 && size_t(pass_tokens) < longest) {
         return bad_input("--pass-tokens %d is less than the longest example (found %zu tokens)", pass_tokens, longest)
             .hinted("a document is never split over passes: raise --pass-tokens or lower -t");
@@ -94,15 +98,18 @@ Error plan_choose(Plan& p, Dev& dev, const LlamaConfig& c, const LoraConfig& lor
             p.pass_tokens = n;
             p.recompute = way;
             plan_fill(p, dev, c, lora, base, longest);
-            if (p.total() - p.workspace <= memory / 10 * 7) {  // the workspace grows with the threads, which must not decide
+            if (p.total() - p.workspace <=
+                memory / 10 * 7) {  // the workspace grows with the threads, which must not decide
                 return {};
             }
         }
     }
     if (p.total() > memory) {
-        return runtime_failure("the run needs %.1f GB of memory, the machine has %.1f GB (weights %.1f, activations %.1f)",
-                               double(p.total()) / 1e9, double(memory) / 1e9, double(p.weights) / 1e9, double(p.activations) / 1e9)
-            .hinted(base.nf4 ? "a smaller model, or shorter examples (-t)" : "a smaller model, --quant nf4, or shorter examples (-t)");
+        return runtime_failure(
+                   "the run needs %.1f GB of memory, the machine has %.1f GB (weights %.1f, activations %.1f)",
+                   double(p.total()) / 1e9, double(memory) / 1e9, double(p.weights) / 1e9, double(p.activations) / 1e9)
+            .hinted(base.nf4 ? "a smaller model, or shorter examples (-t)"
+                             : "a smaller model, --quant nf4, or shorter examples (-t)");
     }
     return {};
 }
@@ -115,22 +122,23 @@ struct StepRates {
 };
 
 struct StepResult {
-    double loss = 0;           // per target, before the update
-    double grad_norm = 0;      // before clipping
+    double loss = 0;       // per target, before the update
+    double grad_norm = 0;  // before clipping
     size_t tokens = 0, targets = 0;
     double flops = 0;
-    std::string bad;           // what is not finite: loss and gradient before the update (then there was none), or A and B after
+    std::string bad;  // what is not finite: loss and gradient before the update (then there was none), or A and B after
 };
 
 // step counts from 1. The loss is divided by the targets of all passes together, known before the first of them.
 template <class Dev>
-StepResult train_step(Llama<Dev>& m, const Dataset& data, const std::vector<size_t>& examples, size_t pass_tokens, bool pack,
-                      int64_t step, const StepRates& rates) {
+StepResult train_step(Llama<Dev>& m, const Dataset& data, const std::vector<size_t>& examples, size_t pass_tokens,
+                      bool pack, int64_t step, const StepRates& rates) {
     StepResult r;
     std::vector<std::vector<size_t>> passes = passes_make(data, examples, pass_tokens, pack);
     for (size_t i : examples) {
         r.tokens += data.length(i);
-        r.targets += size_t(std::count(data.targets.begin() + data.start[i] + 1, data.targets.begin() + data.start[i + 1], 1));
+        r.targets +=
+            size_t(std::count(data.targets.begin() + data.start[i] + 1, data.targets.begin() + data.start[i + 1], 1));
     }
     llama_zero_gradients(m);
     Batch b;

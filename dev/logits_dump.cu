@@ -1,6 +1,6 @@
 // logits_dump MODEL ADAPTER TOKENS.safetensors OUT.safetensors [--quant nf4|nf4-single|none] [--memory]
-// The logits of base + adapter for one document (tensor `tokens`, I32), as `tokens` and `logits` (F32, tokens x vocabulary).
-// For comparison with other programs; `-` as ADAPTER is the base alone.
+// The logits of base + adapter for one document (tensor `tokens`, I32), as `tokens` and `logits` (F32, tokens x
+// vocabulary). For comparison with other programs; `-` as ADAPTER is the base alone.
 // --memory prints the process's peak memory after the base has been read.
 #include <sys/resource.h>
 
@@ -62,7 +62,8 @@ static Error dump(const std::string& model, const std::string& adapter, const st
     llama_forward(m, b, 0, 0);
     std::vector<float> logits(N * m.c.V);
     head_logits(m.dev, logits.data(), head_input(m), m.w.head, rows.data(), N);
-    e = safetensors_write(out, {{"tokens", "I32", {N}, b.tokens.data()}, {"logits", "F32", {N, uint64_t(m.c.V)}, logits.data()}});
+    e = safetensors_write(
+        out, {{"tokens", "I32", {N}, b.tokens.data()}, {"logits", "F32", {N, uint64_t(m.c.V)}, logits.data()}});
     llama_free(m);
     safetensors_close(st);
     return e;
@@ -83,6 +84,8 @@ int main(int argc, char** argv) {
         }
     }
     Error e = good ? dump(argv[1], argv[2], argv[3], argv[4], base, memory)
-                   : bad_input("usage: logits_dump MODEL ADAPTER TOKENS.safetensors OUT.safetensors [--quant nf4|nf4-single|none] [--memory]");
+                   : bad_input(
+                         "usage: logits_dump MODEL ADAPTER TOKENS.safetensors OUT.safetensors [--quant "
+                         "nf4|nf4-single|none] [--memory]");
     return e ? error_print(e) : 0;
 }

@@ -120,7 +120,11 @@ std::string text_bytes(double bytes) {
         bytes /= 1000;
         u++;
     }
-    return text_format(u == 0 ? "%.0f %s" : bytes < 10 ? "%.2f %s" : bytes < 100 ? "%.1f %s" : "%.0f %s", bytes, unit[u]);
+    return text_format(u == 0        ? "%.0f %s"
+                       : bytes < 10  ? "%.2f %s"
+                       : bytes < 100 ? "%.1f %s"
+                                     : "%.0f %s",
+                       bytes, unit[u]);
 }
 
 std::string text_duration(double seconds) {

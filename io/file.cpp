@@ -31,22 +31,15 @@ static Error system_error(const std::string& path, const char* doing, int number
     Error e = user ? bad_input("%s: cannot %s: %s", shown(path).c_str(), doing, reason.c_str())
                    : runtime_failure("%s: cannot %s: %s", shown(path).c_str(), doing, reason.c_str());
     switch (number) {
-        case ENOSPC:
-            return e.hinted("free some space on this disk, or write to another one");
-        case EDQUOT:
-            return e.hinted("your disk quota is used up: free some space, or write to another disk");
+        case ENOSPC: return e.hinted("free some space on this disk, or write to another one");
+        case EDQUOT: return e.hinted("your disk quota is used up: free some space, or write to another disk");
         case EACCES:
-        case EPERM:
-            return e.hinted("check who owns the file and the permissions of it and its directories (ls -ld)");
-        case EROFS:
-            return e.hinted("this file system is read-only: choose another place");
-        case ENAMETOOLONG:
-            return e.hinted("most file systems allow 255 bytes in a name: choose a shorter one");
+        case EPERM: return e.hinted("check who owns the file and the permissions of it and its directories (ls -ld)");
+        case EROFS: return e.hinted("this file system is read-only: choose another place");
+        case ENAMETOOLONG: return e.hinted("most file systems allow 255 bytes in a name: choose a shorter one");
         case EMFILE:
-        case ENFILE:
-            return e.hinted("too many files are open: raise the limit (ulimit -n)");
-        default:
-            return e;
+        case ENFILE: return e.hinted("too many files are open: raise the limit (ulimit -n)");
+        default: return e;
     }
 }
 

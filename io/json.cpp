@@ -55,20 +55,14 @@ double Json::number() const {
 
 const char* Json::type_name() const {
     switch (type) {
-        case NUL:
-            return "null";
-        case BOOL:
-            return "a boolean";
+        case NUL: return "null";
+        case BOOL: return "a boolean";
         case INT:
         case UINT:
-        case REAL:
-            return "a number";
-        case STRING:
-            return "a string";
-        case ARRAY:
-            return "an array";
-        case OBJECT:
-            return "an object";
+        case REAL: return "a number";
+        case STRING: return "a string";
+        case ARRAY: return "an array";
+        case OBJECT: return "an object";
     }
     return "";
 }
@@ -567,27 +561,14 @@ static void write_real(std::string& out, double v) {
 
 static void write_value(std::string& out, const Json& v, int indent, bool sort_keys, int level) {
     switch (v.type) {
-        case Json::NUL:
-            out += "null";
-            return;
-        case Json::BOOL:
-            out += v.boolean ? "true" : "false";
-            return;
-        case Json::INT:
-            out += std::to_string(v.integer);
-            return;
-        case Json::UINT:
-            out += std::to_string(v.natural);
-            return;
-        case Json::REAL:
-            write_real(out, v.real);
-            return;
-        case Json::STRING:
-            write_string(out, v.string);
-            return;
+        case Json::NUL: out += "null"; return;
+        case Json::BOOL: out += v.boolean ? "true" : "false"; return;
+        case Json::INT: out += std::to_string(v.integer); return;
+        case Json::UINT: out += std::to_string(v.natural); return;
+        case Json::REAL: write_real(out, v.real); return;
+        case Json::STRING: write_string(out, v.string); return;
         case Json::ARRAY:
-        case Json::OBJECT:
-            break;
+        case Json::OBJECT: break;
     }
     bool object = v.type == Json::OBJECT;
     std::vector<size_t> order(v.items.size());

@@ -13,16 +13,16 @@ constexpr const char* train_llama_version = "0.1.0";
 struct Options {
     // data and model
     std::vector<std::string> inputs;
-    std::string model;             // "": dev/tiny_llama beside the program; shape:NAME: random weights in place
-    std::string output;            // "": runs/<stem>-r<rank>-<k>
-    std::string val;               // "": <input stem>_val.jsonl when it is there; none
+    std::string model;   // "": dev/tiny_llama beside the program; shape:NAME: random weights in place
+    std::string output;  // "": runs/<stem>-r<rank>-<k>
+    std::string val;     // "": <input stem>_val.jsonl when it is there; none
     double val_split = 0;
     std::string chat_template = "auto";
     std::string format = "auto";
     bool parse_special = false, skip_bad = false;
     std::string bad_utf8 = "error";
-    int64_t max_line = 256;        // MB
-    int max_tokens = 0;            // 0: min(2048, the model's limit)
+    int64_t max_line = 256;  // MB
+    int max_tokens = 0;      // 0: min(2048, the model's limit)
     // adapter
     int rank = 16;
     double alpha = 32, dropout = 0;
@@ -35,17 +35,17 @@ struct Options {
     // training
     int batch = 16;
     double epochs = 3;
-    int64_t steps = 0;             // 0: by epochs
-    double lr = -1;                // < 0: by the model's width
+    int64_t steps = 0;  // 0: by epochs
+    double lr = -1;     // < 0: by the model's width
     std::string schedule = "linear";
-    int64_t warmup = -1;           // < 0: ceil(3 % of the steps)
+    int64_t warmup = -1;  // < 0: ceil(3 % of the steps)
     double weight_decay = 0, beta1 = 0.9, beta2 = 0.999, eps = 1e-8, clip = 1.0;
     bool shuffle = true, pack = true;
     uint64_t seed = 1337;
     // execution
-    int pass_tokens = 0;           // 0: by the memory plan
+    int pass_tokens = 0;  // 0: by the memory plan
     std::string device = "auto", math = "auto", recompute = "auto";
-    int threads = 0;               // 0: all
+    int threads = 0;  // 0: all
     // the run
     int64_t eval_every = 0, save_every = 0;  // 0: once an epoch
     int64_t keep = 2;

@@ -9,28 +9,42 @@
 #include "kernels/types.h"
 
 // Statistics, adapters and gradients are at least float.
-template <class X> struct RealOf { using type = float; };
-template <> struct RealOf<double> { using type = double; };
+template <class X>
+struct RealOf {
+    using type = float;
+};
+template <>
+struct RealOf<double> {
+    using type = double;
+};
 
 template <class X>
 struct Cpu {
-    using floatX = X;                        // of activations
-    using real = typename RealOf<X>::type;   // of statistics, adapters, gradients, optimizer state
+    using floatX = X;                       // of activations
+    using real = typename RealOf<X>::type;  // of statistics, adapters, gradients, optimizer state
     int threads = 1;
-    const CpuIsa* isa = nullptr;             // leaf kernels of the chosen tier
+    const CpuIsa* isa = nullptr;  // leaf kernels of the chosen tier
     char* workspace = nullptr;
     size_t workspace_bytes = 0;
 };
 
 // threads = 0: as many as the machine has. The tier is the best of the processor, or the one that the environment
 // variable TRAIN_LLAMA_CPU names (for tests); isa stays nullptr when that name is unknown or not supported here.
-template <class X> void device_open(Cpu<X>& dev, int threads);
-template <class X> void device_close(Cpu<X>& dev);
+template <class X>
+void device_open(Cpu<X>& dev, int threads);
+template <class X>
+void device_close(Cpu<X>& dev);
 // 64-byte aligned, not initialised (config=debug fills with NaN). Ends the program with a message when there is none.
-template <class X> void* device_alloc(Cpu<X>& dev, size_t bytes, const char* what);
-template <class X> void device_free(Cpu<X>& dev, void* p);
-template <class X> void device_zero(Cpu<X>& dev, void* p, size_t bytes);
-template <class X> void device_to(Cpu<X>& dev, void* device_p, const void* host_p, size_t bytes);
-template <class X> void device_from(Cpu<X>& dev, void* host_p, const void* device_p, size_t bytes);
+template <class X>
+void* device_alloc(Cpu<X>& dev, size_t bytes, const char* what);
+template <class X>
+void device_free(Cpu<X>& dev, void* p);
+template <class X>
+void device_zero(Cpu<X>& dev, void* p, size_t bytes);
+template <class X>
+void device_to(Cpu<X>& dev, void* device_p, const void* host_p, size_t bytes);
+template <class X>
+void device_from(Cpu<X>& dev, void* host_p, const void* device_p, size_t bytes);
 // Grows the workspace to at least this many bytes.
-template <class X> void device_reserve(Cpu<X>& dev, size_t bytes);
+template <class X>
+void device_reserve(Cpu<X>& dev, size_t bytes);

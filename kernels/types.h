@@ -17,12 +17,12 @@ enum class Store : uint8_t { NF4, BF16, F16, F32 };
 struct Matrix {
     Store store = Store::F32;
     int rows = 0, cols = 0;
-    const void* data = nullptr;         // BF16, F16, F32: the elements
-    const uint8_t* codes = nullptr;     // NF4: ceil(rows * cols / 2) bytes
-    const float* absmax32 = nullptr;    // NF4 without double quantisation; else nullptr
-    const uint8_t* absmax8 = nullptr;   // NF4 with it: one a block of 64
-    const float* absmax2 = nullptr;     // one for 256 blocks
-    const float* map8 = nullptr;        // 256 entries
+    const void* data = nullptr;        // BF16, F16, F32: the elements
+    const uint8_t* codes = nullptr;    // NF4: ceil(rows * cols / 2) bytes
+    const float* absmax32 = nullptr;   // NF4 without double quantisation; else nullptr
+    const uint8_t* absmax8 = nullptr;  // NF4 with it: one a block of 64
+    const float* absmax2 = nullptr;    // one for 256 blocks
+    const float* map8 = nullptr;       // 256 entries
     float offset = 0;
 
     size_t elements() const { return size_t(rows) * cols; }
@@ -35,8 +35,8 @@ struct Dropout {
     float p = 0;
     uint64_t seed = 0;
     uint32_t step = 0;
-    const uint32_t* example = nullptr;   // (N) of each row
-    const int32_t* position = nullptr;   // (N)
+    const uint32_t* example = nullptr;  // (N) of each row
+    const int32_t* position = nullptr;  // (N)
 };
 
 // One linear of a group with its adapter: y = W x + scale * B (A drop(x)). r = 0: no adapter, a hole in the group.
@@ -50,7 +50,7 @@ struct LinearPart {
     const Real* B = nullptr;  // (OC of the part, r)
     Real* dA = nullptr;       // accumulated into, as dB
     Real* dB = nullptr;
-    uint32_t module = 0;      // number of the adapter in the model, for dropout
+    uint32_t module = 0;  // number of the adapter in the model, for dropout
 };
 
 // Linears that share their input: q, k, v; o; gate, up; down. Their outputs stand side by side in one row of OC
@@ -70,17 +70,17 @@ template <class X, class Real>
 struct LinearInput {
     enum Kind { PLAIN, RMSNORM, SWIGLU } kind = PLAIN;
     const X* x = nullptr;
-    size_t stride = 0;              // elements from row to row
-    const Real* rstd = nullptr;     // (N)
-    const Real* norm_w = nullptr;   // (C)
+    size_t stride = 0;             // elements from row to row
+    const Real* rstd = nullptr;    // (N)
+    const Real* norm_w = nullptr;  // (C)
 };
 
 // Rotation of the first `heads` heads of an output row, in place, HF's half-split form: pair (i, i + HS/2) by the angle
 // positions[row] * inv_freq[i].
 template <class Real>
 struct Rope {
-    const Real* cos = nullptr;            // (max positions, HS / 2)
+    const Real* cos = nullptr;  // (max positions, HS / 2)
     const Real* sin = nullptr;
-    const int32_t* positions = nullptr;   // (N)
+    const int32_t* positions = nullptr;  // (N)
     int heads = 0, HS = 0;
 };

@@ -39,16 +39,11 @@ static std::string template_fingerprint(const std::string& text) {
 
 std::string ChatForm::name() const {
     switch (kind) {
-    case LLAMA30:
-        return "Llama 3.0 chat";
-    case LLAMA31:
-        return "Llama 3.1 chat, dated " + date;
-    case LLAMA32:
-        return "Llama 3.2 chat, dated " + date;
-    case RAW:
-        return "Llama 3 raw chat";
-    case PLAIN:
-        break;
+        case LLAMA30: return "Llama 3.0 chat";
+        case LLAMA31: return "Llama 3.1 chat, dated " + date;
+        case LLAMA32: return "Llama 3.2 chat, dated " + date;
+        case RAW: return "Llama 3 raw chat";
+        case PLAIN: break;
     }
     return recognised ? "plain" : "unknown template " + fingerprint;
 }

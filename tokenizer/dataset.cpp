@@ -120,23 +120,21 @@ static void encode_record(Item& item, const Tokenizer& t, const DataOptions& opt
         return parse ? 0 : tokenizer_count_special(t, text.data(), text.size());
     };
     switch (r.kind) {
-    case Record::CHAT:
-        for (const Turn& turn : r.turns) {
-            item.controls += count(turn.text);
-        }
-        chat_encode(item.ids, &item.targets, t, options.form, r.turns, parse, false);
-        break;
-    case Record::PAIR:
-        item.controls = count(r.prompt) + count(r.completion);
-        encode_plain(item, t, r.prompt, r.completion, parse);
-        break;
-    case Record::TEXT:
-        encode_plain(item, t, "", r.text, true);
-        break;
-    case Record::TOKENS:
-        item.ids = std::move(r.ids);
-        item.targets = std::move(r.targets);
-        break;
+        case Record::CHAT:
+            for (const Turn& turn : r.turns) {
+                item.controls += count(turn.text);
+            }
+            chat_encode(item.ids, &item.targets, t, options.form, r.turns, parse, false);
+            break;
+        case Record::PAIR:
+            item.controls = count(r.prompt) + count(r.completion);
+            encode_plain(item, t, r.prompt, r.completion, parse);
+            break;
+        case Record::TEXT: encode_plain(item, t, "", r.text, true); break;
+        case Record::TOKENS:
+            item.ids = std::move(r.ids);
+            item.targets = std::move(r.targets);
+            break;
     }
     if (item.ids.size() > options.max_tokens) {
         item.ids.resize(options.max_tokens);

@@ -49,22 +49,22 @@ struct RejectedLine {
 struct Dataset {
     std::vector<std::string> files;
     std::vector<int32_t> ids;
-    std::vector<uint8_t> targets;     // beside ids: 1 = predicted and counted; never 1 at an example's first token
+    std::vector<uint8_t> targets;  // beside ids: 1 = predicted and counted; never 1 at an example's first token
     std::vector<size_t> start = {0};
-    std::vector<int> file;            // of each example
-    std::vector<size_t> line;         // of each example, from 1 (array files: index of the element, from 1)
-    std::vector<uint8_t> cut;         // 1: lost tokens to max_tokens
-    std::vector<uint8_t> format;      // of each example: index into formats
+    std::vector<int> file;        // of each example
+    std::vector<size_t> line;     // of each example, from 1 (array files: index of the element, from 1)
+    std::vector<uint8_t> cut;     // 1: lost tokens to max_tokens
+    std::vector<uint8_t> format;  // of each example: index into formats
 
     // The report. Of every record read: used + rejected + dropped = read.
     size_t read = 0, rejected = 0, dropped_without_target = 0, truncated = 0, duplicates = 0, blank_lines = 0;
     size_t tokens = 0, target_tokens = 0, longest = 0;
-    std::vector<size_t> histogram;                             // histogram[k]: examples of 2^k .. 2^(k+1) - 1 tokens
-    std::vector<std::pair<std::string, size_t>> formats;       // name, examples
-    std::vector<std::string> warnings;                         // special tokens inside text (with line numbers), ...
-    std::vector<std::string> notes;                            // keys that play no part, a skipped byte order mark, ...
-    std::vector<RejectedLine> bad;                             // with skip_bad: all; else empty (the Error lists them)
-    std::string hash;                                          // sha256 over the files' bytes, in order
+    std::vector<size_t> histogram;                        // histogram[k]: examples of 2^k .. 2^(k+1) - 1 tokens
+    std::vector<std::pair<std::string, size_t>> formats;  // name, examples
+    std::vector<std::string> warnings;                    // special tokens inside text (with line numbers), ...
+    std::vector<std::string> notes;                       // keys that play no part, a skipped byte order mark, ...
+    std::vector<RejectedLine> bad;                        // with skip_bad: all; else empty (the Error lists them)
+    std::string hash;                                     // sha256 over the files' bytes, in order
 
     size_t size() const { return start.size() - 1; }
     size_t length(size_t i) const { return start[i + 1] - start[i]; }

@@ -576,26 +576,23 @@ static Error take_format(Record& r, Json& json, bool as_chat, int vocab) {
     const char* first = present(json, keys.first);
     const char* second = present(json, keys.second);
     switch (r.format) {
-    case MESSAGES:
-    case CONVERSATIONS:
-    case CONTENTS:
-        r.kind = Record::CHAT;
-        if (Error e = r.format == CONTENTS ? take_contents(r, json) : take_messages(r, json, first)) {
-            return e;
-        }
-        return check_turns(r);
-    case PROMPT_COMPLETION:
-        return take_prompt(r, json, second, as_chat);
-    case TEXT_ONLY:
-        r.kind = Record::TEXT;
-        if (Error e = take_string(r.text, json, "text")) {
-            return e;
-        }
-        return need_answer(r.text, "text");
-    case PRETOKENISED:
-        return take_tokens(r, json, vocab);
-    default:
-        return take_pair(r, json, first, second, as_chat);
+        case MESSAGES:
+        case CONVERSATIONS:
+        case CONTENTS:
+            r.kind = Record::CHAT;
+            if (Error e = r.format == CONTENTS ? take_contents(r, json) : take_messages(r, json, first)) {
+                return e;
+            }
+            return check_turns(r);
+        case PROMPT_COMPLETION: return take_prompt(r, json, second, as_chat);
+        case TEXT_ONLY:
+            r.kind = Record::TEXT;
+            if (Error e = take_string(r.text, json, "text")) {
+                return e;
+            }
+            return need_answer(r.text, "text");
+        case PRETOKENISED: return take_tokens(r, json, vocab);
+        default: return take_pair(r, json, first, second, as_chat);
     }
 }
 

@@ -20,22 +20,33 @@
 #include "io/json.h"
 #include "tokenizer/chat.h"
 
-enum RecordFormat { MESSAGES, CONVERSATIONS, CONTENTS, ALPACA, PROMPT_COMPLETION, QUESTION_ANSWER, INSTRUCTION_RESPONSE,
-                    INPUT_OUTPUT, TEXT_ONLY, PRETOKENISED, N_RECORD_FORMATS };
+enum RecordFormat {
+    MESSAGES,
+    CONVERSATIONS,
+    CONTENTS,
+    ALPACA,
+    PROMPT_COMPLETION,
+    QUESTION_ANSWER,
+    INSTRUCTION_RESPONSE,
+    INPUT_OUTPUT,
+    TEXT_ONLY,
+    PRETOKENISED,
+    N_RECORD_FORMATS
+};
 
 struct Record {
     enum Kind { CHAT, PAIR, TEXT, TOKENS } kind = TEXT;
     RecordFormat format = TEXT_ONLY;
-    std::vector<Turn> turns;           // CHAT
-    std::string prompt, completion;    // PAIR
-    std::string text;                  // TEXT
-    std::vector<int32_t> ids;          // TOKENS
-    std::vector<uint8_t> targets;      // TOKENS: beside ids
-    std::vector<std::string> unused;   // keys that play no part
+    std::vector<Turn> turns;          // CHAT
+    std::string prompt, completion;   // PAIR
+    std::string text;                 // TEXT
+    std::vector<int32_t> ids;         // TOKENS
+    std::vector<uint8_t> targets;     // TOKENS: beside ids
+    std::vector<std::string> unused;  // keys that play no part
 };
 
 extern const char* const record_formats[N_RECORD_FORMATS];  // their names
-Error record_format_check(const std::string& name);  // "auto" or one of the names, else an error that lists them
+Error record_format_check(const std::string& name);         // "auto" or one of the names, else an error that lists them
 
 // Takes what the record holds out of json (its strings are moved). format: "auto" or a name. as_chat: the model has a
 // chat form, and pairs become turns. vocab: rows of the embedding, for TOKENS (0: not known).

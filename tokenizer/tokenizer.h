@@ -23,21 +23,21 @@ struct AddedNode {
 };
 
 struct Tokenizer {
-    std::vector<std::string> pieces;   // id -> bytes of the token ("" for an id that does not exist)
-    std::vector<uint8_t> added;        // id -> 0 ordinary, 1 added, 2 added and special (control)
-    int bos = -1, eos = -1;            // ids of bos_token / eos_token of tokenizer_config.json; -1: none. Without
-                                       // that: what tokenizer.json itself puts in front; tiktoken: Llama-3's two
-    std::string chat_template;         // text, "": none (chat_template.jinja wins over tokenizer_config.json)
-    std::string hash;                  // sha256 of the vocabulary file, for the checkpoint's fingerprint
-    std::string source;                // path of the vocabulary file
-    std::string unicode_version;       // of the split pattern's character classes, e.g. "14.0.0"
+    std::vector<std::string> pieces;  // id -> bytes of the token ("" for an id that does not exist)
+    std::vector<uint8_t> added;       // id -> 0 ordinary, 1 added, 2 added and special (control)
+    int bos = -1, eos = -1;           // ids of bos_token / eos_token of tokenizer_config.json; -1: none. Without
+                                      // that: what tokenizer.json itself puts in front; tiktoken: Llama-3's two
+    std::string chat_template;        // text, "": none (chat_template.jinja wins over tokenizer_config.json)
+    std::string hash;                 // sha256 of the vocabulary file, for the checkpoint's fingerprint
+    std::string source;               // path of the vocabulary file
+    std::string unicode_version;      // of the split pattern's character classes, e.g. "14.0.0"
     std::vector<std::string> warnings;
 
     Bpe bpe;
-    std::vector<AddedNode> tries[2];   // added tokens with normalized false, then those with true; [0] is the root
-    void* pattern = nullptr;           // compiled split pattern and its limits, read-only after load
+    std::vector<AddedNode> tries[2];  // added tokens with normalized false, then those with true; [0] is the root
+    void* pattern = nullptr;          // compiled split pattern and its limits, read-only after load
     void* pattern_limits = nullptr;
-    uint64_t serial = 0;               // differs for every load; per-thread caches go by it
+    uint64_t serial = 0;  // differs for every load; per-thread caches go by it
 };
 
 // tokenizer.json, else tokenizer.model (tiktoken); both: tokenizer.json, with a warning where they differ. Every id

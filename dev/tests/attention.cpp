@@ -79,7 +79,7 @@ Result<T> plain_attention(const Shape& shape, const std::vector<T>& qkv, const s
                     }
                 }
                 for (size_t j = 0; j < n; j++) {
-                    const T *k = &qkv[(first + j) * QKV + (NH + kv) * HS];
+                    const T* k = &qkv[(first + j) * QKV + (NH + kv) * HS];
                     T *dk = &r.dqkv[(first + j) * QKV + (NH + kv) * HS], *dv = dk + NKV * HS;
                     const T ds = p[j] * (dp[j] - D) * scale;
                     for (size_t c = 0; c < HS; c++) {
@@ -130,8 +130,9 @@ void inputs_of(const Shape& shape, double size, std::vector<T>* qkv, std::vector
 }
 
 const std::vector<Shape> shapes = {
-    {1, 1, 2, {1}},       {9, 3, 6, {33}},           {9, 3, 32, {1, 2, 63, 64, 65, 130}}, {4, 2, 64, {130, 1, 97}},
-    {2, 1, 80, {65, 96}}, {3, 3, 128, {64, 2, 193}}, {2, 1, 256, {70}},                   {1, 1, 18, {1, 1, 1}},
+    {1, 1, 2, {1}},           {9, 3, 6, {33}},       {9, 3, 32, {1, 2, 63, 64, 65, 130}},
+    {4, 2, 64, {130, 1, 97}}, {2, 1, 80, {65, 96}},  {3, 3, 128, {64, 2, 193}},
+    {2, 1, 256, {70}},        {1, 1, 18, {1, 1, 1}},
 };
 
 }  // namespace

@@ -30,23 +30,13 @@ inline std::string written_out(const std::vector<int32_t>& ids, const std::vecto
     for (size_t i = 0; i < ids.size(); i++) {
         out += targets[i] && (i == 0 || !targets[i - 1]) ? "{" : "";
         switch (ids[i]) {
-        case 256:
-            out += "<B>";
-            break;
-        case 257:
-            out += "<E>";
-            break;
-        case 262:
-            out += "<H>";
-            break;
-        case 263:
-            out += "</H>";
-            break;
-        case 265:
-            out += "<T>";
-            break;
-        default:
-            out += ids[i] >= 0 && ids[i] < 256 ? std::string(1, char(ids[i])) : "<" + std::to_string(ids[i]) + ">";
+            case 256: out += "<B>"; break;
+            case 257: out += "<E>"; break;
+            case 262: out += "<H>"; break;
+            case 263: out += "</H>"; break;
+            case 265: out += "<T>"; break;
+            default:
+                out += ids[i] >= 0 && ids[i] < 256 ? std::string(1, char(ids[i])) : "<" + std::to_string(ids[i]) + ">";
         }
         out += targets[i] && (i + 1 == ids.size() || !targets[i + 1]) ? "}" : "";
     }

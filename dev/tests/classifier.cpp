@@ -31,8 +31,8 @@ const Shape shapes[] = {
     {"odd", 37, 51, 101, 1, 3},
     {"steep", 24, 40, 70, 300, 1},  // exp of a logit would overflow
     {"two reductions", 9, 600, 1000, 1, 2},
-    {"several runs", 6, 8, 17000, 2, 1},         // of the vocabulary in the backward pass
-    {"several chunks", 700, 12, 33, 1, 1},       // of rows
+    {"several runs", 6, 8, 17000, 2, 1},    // of the vocabulary in the backward pass
+    {"several chunks", 700, 12, 33, 1, 1},  // of rows
     {"vocabulary of one", 4, 5, 1, 1, 1},
 };
 

@@ -8,7 +8,8 @@
 #include "dev/tests/test.h"
 #include "train_step.h"
 
-inline const char* const reference_names[] = {"gqa_llama3", "tied", "head_dim", "odd_width", "bnb_nf4", "qv_only", "linear_rslora"};
+inline const char* const reference_names[] = {"gqa_llama3", "tied",    "head_dim",     "odd_width",
+                                              "bnb_nf4",    "qv_only", "linear_rslora"};
 
 struct Dump {
     Safetensors st;

@@ -87,25 +87,41 @@ static void refused(const std::function<void(SmallModel&)>& change, const std::s
         SmallModel model;
         change(model);
         Error e = load(model.write(), {nf4, true});
-        CHECK(e.code == 2 && text_has(e.what, text), "got '%s' (code %d), need '%s'", e.what.c_str(), e.code, text.c_str());
+        CHECK(e.code == 2 && text_has(e.what, text), "got '%s' (code %d), need '%s'", e.what.c_str(), e.code,
+              text.c_str());
     }
 }
 
 static void bad_checkpoints_are_named() {
-    refused([](SmallModel& s) { s.remove("lm_head.weight"); }, "lm_head.weight is missing (config.json says tie_word_embeddings is false)");
-    refused([](SmallModel& s) { s.remove("model.layers.0.mlp.up_proj.weight"); }, "model.layers.0.mlp.up_proj.weight is missing");
-    refused([](SmallModel& s) { s.remove("model.layers.0.mlp.up_proj.weight"); s.remove("model.norm.weight"); }, "and 1 more");
-    refused([](SmallModel& s) { s.add("model.layers.0.self_attn.q_proj.bias", {16}); }, "unexpected tensor model.layers.0.self_attn.q_proj.bias");
-    refused([](SmallModel& s) { s.add("model.layers.1.input_layernorm.weight", {16}); }, "unexpected tensor model.layers.1");
+    refused([](SmallModel& s) { s.remove("lm_head.weight"); },
+            "lm_head.weight is missing (config.json says tie_word_embeddings is false)");
+    refused([](SmallModel& s) { s.remove("model.layers.0.mlp.up_proj.weight"); },
+            "model.layers.0.mlp.up_proj.weight is missing");
+    refused(
+        [](SmallModel& s) {
+            s.remove("model.layers.0.mlp.up_proj.weight");
+            s.remove("model.norm.weight");
+        },
+        "and 1 more");
+    refused([](SmallModel& s) { s.add("model.layers.0.self_attn.q_proj.bias", {16}); },
+            "unexpected tensor model.layers.0.self_attn.q_proj.bias");
+    refused([](SmallModel& s) { s.add("model.layers.1.input_layernorm.weight", {16}); },
+            "unexpected tensor model.layers.1");
     refused([](SmallModel& s) { s.add("model.layers.0.self_attn.q_norm.weight", {8}); }, "q_norm");
-    refused([](SmallModel& s) { s.tensors[s.at("model.layers.0.mlp.down_proj.weight")].shape = {24, 16}; },
-            "model.layers.0.mlp.down_proj.weight: expected shape [16,24], found [24,16]");
+    refused(
+        [](SmallModel& s) {
+            s.tensors[s.at("model.layers.0.mlp.down_proj.weight")].shape = {24, 16};
+        },
+        "model.layers.0.mlp.down_proj.weight: expected shape [16,24], found [24,16]");
     refused([](SmallModel& s) { s.tensors[0].shape = {16, 20}; }, "expected shape [20,16], found [16,20]");
-    refused([](SmallModel& s) { s.tensors[s.at("model.layers.0.self_attn.k_proj.weight")].dtype = "I32"; }, "dtype I32");
+    refused([](SmallModel& s) { s.tensors[s.at("model.layers.0.self_attn.k_proj.weight")].dtype = "I32"; },
+            "dtype I32");
     refused([](SmallModel& s) { s.data[s.at("model.layers.0.self_attn.v_proj.weight")][37] = NAN; },
             "model.layers.0.self_attn.v_proj.weight has a non-finite value at index 37");
-    refused([](SmallModel& s) { s.data[s.at("model.norm.weight")][3] = -INFINITY; }, "model.norm.weight has a non-finite value at index 3");
-    refused([](SmallModel& s) { s.data[0][319] = INFINITY; }, "model.embed_tokens.weight has a non-finite value at index 319");
+    refused([](SmallModel& s) { s.data[s.at("model.norm.weight")][3] = -INFINITY; },
+            "model.norm.weight has a non-finite value at index 3");
+    refused([](SmallModel& s) { s.data[0][319] = INFINITY; },
+            "model.embed_tokens.weight has a non-finite value at index 319");
 }
 
 static void good_checkpoints_load() {
@@ -127,7 +143,8 @@ static void tied_head_is_ignored_with_a_warning() {
         }
         std::string said;
         Error e = load(tied.write(), {true, true}, &said);
-        CHECK(!e && text_has(said, "lm_head.weight is ignored") == !same, "same %d: '%s' '%s'", same, e.what.c_str(), said.c_str());
+        CHECK(!e && text_has(said, "lm_head.weight is ignored") == !same, "same %d: '%s' '%s'", same, e.what.c_str(),
+              said.c_str());
     }
 }
 
@@ -140,15 +157,21 @@ static void transposed_is_guessed() {
 }
 
 static void adapter_refusals() {
-    const std::string good = R"({"peft_type":"LORA","r":4,"lora_alpha":8,"target_modules":["q_proj","v_proj"],"bias":"none"})";
+    const std::string good =
+        R"({"peft_type":"LORA","r":4,"lora_alpha":8,"target_modules":["q_proj","v_proj"],"bias":"none"})";
     const std::pair<const char*, const char*> cases[] = {
         {R"({"peft_type":"IA3","r":4})", "peft_type: need \"LORA\""},
         {R"({"peft_type":"LORA","r":4,"lora_alpha":8,"target_modules":["q_proj"],"use_dora":true})", "use_dora is set"},
-        {R"({"peft_type":"LORA","r":4,"lora_alpha":8,"target_modules":["q_proj"],"modules_to_save":["lm_head"]})", "modules_to_save is set"},
-        {R"({"peft_type":"LORA","r":4,"lora_alpha":8,"target_modules":["q_proj"],"bias":"all"})", "bias: need \"none\""},
-        {R"({"peft_type":"LORA","r":4,"lora_alpha":8,"target_modules":["q_proj"],"some_new_thing":3})", "some_new_thing is set"},
-        {R"({"peft_type":"LORA","r":4,"lora_alpha":8,"target_modules":["q_proj"],"rank_pattern":{"k_proj":2}})", "rank_pattern is set"},
-        {R"({"peft_type":"LORA","r":4,"lora_alpha":8,"target_modules":["wte"]})", "'wte' is not one of the seven linears"},
+        {R"({"peft_type":"LORA","r":4,"lora_alpha":8,"target_modules":["q_proj"],"modules_to_save":["lm_head"]})",
+         "modules_to_save is set"},
+        {R"({"peft_type":"LORA","r":4,"lora_alpha":8,"target_modules":["q_proj"],"bias":"all"})",
+         "bias: need \"none\""},
+        {R"({"peft_type":"LORA","r":4,"lora_alpha":8,"target_modules":["q_proj"],"some_new_thing":3})",
+         "some_new_thing is set"},
+        {R"({"peft_type":"LORA","r":4,"lora_alpha":8,"target_modules":["q_proj"],"rank_pattern":{"k_proj":2}})",
+         "rank_pattern is set"},
+        {R"({"peft_type":"LORA","r":4,"lora_alpha":8,"target_modules":["wte"]})",
+         "'wte' is not one of the seven linears"},
         {R"({"peft_type":"LORA","r":4,"lora_alpha":8,"target_modules":".*attn.*"})", "is not one of the seven linears"},
         {R"({"peft_type":"LORA","r":0,"lora_alpha":8,"target_modules":["q_proj"]})", "r: need a positive integer"},
         {R"({"peft_type":"LORA","r":4,"target_modules":["q_proj"]})", "lora_alpha: need a number"},
@@ -177,9 +200,11 @@ static void adapter_tensors_are_checked() {
         SmallModel s;
         std::string model = s.write(), dir = test_directory();
         std::vector<float> zeros(1000, 0.0f);
-        std::vector<TensorOut> tensors = {{"base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight", "F32", {16, 4}, zeros.data()}};
+        std::vector<TensorOut> tensors = {
+            {"base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight", "F32", {16, 4}, zeros.data()}};
         if (!c.second.empty()) {
-            tensors.push_back({"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", "F32", c.second, zeros.data()});
+            tensors.push_back(
+                {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", "F32", c.second, zeros.data()});
         }
         Error e = safetensors_write(dir + "/adapter_model.safetensors", tensors);
         Llama<Cpu<float>> m;
@@ -194,8 +219,8 @@ static void adapter_tensors_are_checked() {
         std::fill(lora.target + 1, lora.target + MODULES, false);
         llama_adapter_create(m, lora);
         e = adapter_load(m, dir);
-        CHECK(e.code == 2 && text_has(e.what, "q_proj.lora_A.weight") && text_has(e.what, c.first), "got '%s', need '%s'",
-              e.what.c_str(), c.first);
+        CHECK(e.code == 2 && text_has(e.what, "q_proj.lora_A.weight") && text_has(e.what, c.first),
+              "got '%s', need '%s'", e.what.c_str(), c.first);
         llama_free(m);
     }
 }

@@ -4,16 +4,17 @@
 // ---------------------------------------------------------------------------------------------------------------------
 // dumps
 
-// err.NAME of the dump is PyTorch's own fp32 error against fp64, and the dump holds that fp32 run. In float ours may err at
-// most twice as much, so |ours - theirs| <= (2 + 1) err. In double ours keeps of that error only the RoPE angles, which are
-// fp32 in both: (1 + 1) err. All relative to the tensor's rms. The floor is 16 units of fp32 rounding: for single numbers
-// and short tensors PyTorch's error may be zero by luck.
+// err.NAME of the dump is PyTorch's own fp32 error against fp64, and the dump holds that fp32 run. In float ours may
+// err at most twice as much, so |ours - theirs| <= (2 + 1) err. In double ours keeps of that error only the RoPE
+// angles, which are fp32 in both: (1 + 1) err. All relative to the tensor's rms. The floor is 16 units of fp32
+// rounding: for single numbers and short tensors PyTorch's error may be zero by luck.
 template <class Dev>
 constexpr double error_factor = sizeof(typename Dev::real) == 8 ? 2 : 3;
 
 static void compare(const Dump& d, const std::string& name, const std::vector<double>& ours, double factor) {
     std::vector<double> theirs = d.numbers(name);
-    if (!CHECK(ours.size() == theirs.size(), "%s: %zu values, the dump has %zu", name.c_str(), ours.size(), theirs.size())) {
+    if (!CHECK(ours.size() == theirs.size(), "%s: %zu values, the dump has %zu", name.c_str(), ours.size(),
+               theirs.size())) {
         return;
     }
     double worst = 0;
@@ -79,9 +80,10 @@ static void compare_activations(Fixture<Dev>& f) {
 // Adapter values p (any flat buffer of the layout) against PREFIX.KEY for every A and B.
 template <class Dev>
 static void compare_adapter(Fixture<Dev>& f, const typename Dev::real* p, const std::string& prefix, double factor) {
-    each_adapter(f.m.c, f.m.adapter.lora, [&](const std::string& name, int, int, bool, int rows, int cols, size_t offset) {
-        compare(f.dump, prefix + name, columns(p + offset, 1, 0, 0, size_t(rows) * cols), factor);
-    });
+    each_adapter(f.m.c, f.m.adapter.lora,
+                 [&](const std::string& name, int, int, bool, int rows, int cols, size_t offset) {
+                     compare(f.dump, prefix + name, columns(p + offset, 1, 0, 0, size_t(rows) * cols), factor);
+                 });
 }
 
 template <class Dev>
@@ -113,13 +115,27 @@ static void dump_test(const char* name, int steps = 20) {
     fixture_close(f);
 }
 
-static void dump_gqa_llama3() { dump_test<Cpu<float>>("gqa_llama3"); }
-static void dump_tied() { dump_test<Cpu<float>>("tied"); }
-static void dump_head_dim() { dump_test<Cpu<float>>("head_dim"); }
-static void dump_odd_width() { dump_test<Cpu<float>>("odd_width"); }
-static void dump_bnb_nf4() { dump_test<Cpu<float>>("bnb_nf4"); }
-static void dump_qv_only() { dump_test<Cpu<float>>("qv_only"); }
-static void dump_linear_rslora() { dump_test<Cpu<float>>("linear_rslora"); }
+static void dump_gqa_llama3() {
+    dump_test<Cpu<float>>("gqa_llama3");
+}
+static void dump_tied() {
+    dump_test<Cpu<float>>("tied");
+}
+static void dump_head_dim() {
+    dump_test<Cpu<float>>("head_dim");
+}
+static void dump_odd_width() {
+    dump_test<Cpu<float>>("odd_width");
+}
+static void dump_bnb_nf4() {
+    dump_test<Cpu<float>>("bnb_nf4");
+}
+static void dump_qv_only() {
+    dump_test<Cpu<float>>("qv_only");
+}
+static void dump_linear_rslora() {
+    dump_test<Cpu<float>>("linear_rslora");
+}
 
 // In double the same code must agree with the same dumps: their fp32 error is then the only one.
 static void dump_in_double() {
@@ -128,8 +144,8 @@ static void dump_in_double() {
     }
 }
 
-// Every tier that this processor has passes the same dumps. One step only: the ref tier has no fused multiply-add and sums in
-// one accumulator, and AdamW blows its few roundings more up (20 steps are held on the machine's best tier).
+// Every tier that this processor has passes the same dumps. One step only: the ref tier has no fused multiply-add and
+// sums in one accumulator, and AdamW blows its few roundings more up (20 steps are held on the machine's best tier).
 static void dump_on_every_tier() {
     const char* before = getenv("TRAIN_LLAMA_CPU");
     std::string restore = before ? before : "";
@@ -164,7 +180,8 @@ static void bnb_weights_as_stored() {
                 wrong += !(row[j] == to_float(theirs[size_t(i) * w.cols + j]));
             }
         }
-        CHECK(theirs.size() == w.elements() && wrong == 0, "%s: %zu of %zu weights differ", s.first, wrong, theirs.size());
+        CHECK(theirs.size() == w.elements() && wrong == 0, "%s: %zu of %zu weights differ", s.first, wrong,
+              theirs.size());
     }
     fixture_close(f);
 }
@@ -172,8 +189,9 @@ static void bnb_weights_as_stored() {
 // ---------------------------------------------------------------------------------------------------------------------
 // finite differences
 
-// Central differences of the loss in double. With h = 1e-5 the truncation is about h^2 and the rounding about 1e-16 / h,
-// both some 1e-10 of the loss, so 1e-6 of the gradient's rms leaves room for small gradients and none for a wrong term.
+// Central differences of the loss in double. With h = 1e-5 the truncation is about h^2 and the rounding about 1e-16 /
+// h, both some 1e-10 of the loss, so 1e-6 of the gradient's rms leaves room for small gradients and none for a wrong
+// term.
 static void gradient_check(const char* name, const FixtureOptions& o) {
     Fixture<Cpu<double>> f;
     fixture_open(f, name, o);
@@ -183,21 +201,22 @@ static void gradient_check(const char* name, const FixtureOptions& o) {
     const size_t n = f.batch.n_labels;
     fixture_gradient(f.m, f.batch, n);
     std::vector<double> g(f.m.adapter.g, f.m.adapter.g + f.m.adapter.size);
-    each_adapter(f.m.c, f.m.adapter.lora, [&](const std::string& key, int, int, bool, int rows, int cols, size_t offset) {
-        const size_t size = size_t(rows) * cols;
-        double scale = rms(std::vector<double>(g.begin() + offset, g.begin() + offset + size));
-        for (size_t k = 0; k < 3; k++) {
-            double* x = f.m.adapter.p + offset + random_below(7, STREAM_TOKENS, offset, k, size);
-            const double at = *x, h = 1e-5;
-            *x = at + h;
-            double up = fixture_gradient(f.m, f.batch, n);
-            *x = at - h;
-            double down = fixture_gradient(f.m, f.batch, n);
-            *x = at;
-            double error = std::fabs((up - down) / (2 * h) - g[x - f.m.adapter.p]);
-            CHECK_ERROR(std::string(name) + " " + key, error / scale, 1e-6);
-        }
-    });
+    each_adapter(f.m.c, f.m.adapter.lora,
+                 [&](const std::string& key, int, int, bool, int rows, int cols, size_t offset) {
+                     const size_t size = size_t(rows) * cols;
+                     double scale = rms(std::vector<double>(g.begin() + offset, g.begin() + offset + size));
+                     for (size_t k = 0; k < 3; k++) {
+                         double* x = f.m.adapter.p + offset + random_below(7, STREAM_TOKENS, offset, k, size);
+                         const double at = *x, h = 1e-5;
+                         *x = at + h;
+                         double up = fixture_gradient(f.m, f.batch, n);
+                         *x = at - h;
+                         double down = fixture_gradient(f.m, f.batch, n);
+                         *x = at;
+                         double error = std::fabs((up - down) / (2 * h) - g[x - f.m.adapter.p]);
+                         CHECK_ERROR(std::string(name) + " " + key, error / scale, 1e-6);
+                     }
+                 });
     fixture_close(f);
 }
 
@@ -359,7 +378,8 @@ static void accumulation_equals_one_pass() {
     for (size_t pass_tokens : {64, 20, 18}) {
         Fixture<Cpu<float>> f;
         fixture_open(f, "gqa_llama3");
-        StepResult r = train_step(f.m, data, {0, 1, 2, 3}, pass_tokens, pass_tokens != 18, 1, {1e-3, 0.9, 0.999, 1e-8, 0, 0});
+        StepResult r =
+            train_step(f.m, data, {0, 1, 2, 3}, pass_tokens, pass_tokens != 18, 1, {1e-3, 0.9, 0.999, 1e-8, 0, 0});
         std::vector<float> g(f.m.adapter.g, f.m.adapter.g + f.m.adapter.size);
         first = first.empty() ? g : first;
         compare_gradients(first, g, "gradients over passes");
@@ -377,12 +397,13 @@ static void non_finite_is_named() {
     data.targets = {0, 1, 1, 1, 1};
     data.start = {0, 5};
     std::string bad_name;
-    each_adapter(f.m.c, f.m.adapter.lora, [&](const std::string& name, int l, int module, bool is_b, int, int, size_t offset) {
-        if (l == 1 && module == DOWN_PROJ && !is_b) {
-            f.m.adapter.p[offset + 3] = INFINITY;
-            bad_name = name;
-        }
-    });
+    each_adapter(f.m.c, f.m.adapter.lora,
+                 [&](const std::string& name, int l, int module, bool is_b, int, int, size_t offset) {
+                     if (l == 1 && module == DOWN_PROJ && !is_b) {
+                         f.m.adapter.p[offset + 3] = INFINITY;
+                         bad_name = name;
+                     }
+                 });
     std::vector<float> before(f.m.adapter.p, f.m.adapter.p + f.m.adapter.size);
     StepResult r = train_step(f.m, data, {0}, 64, true, 1, StepRates());
     CHECK(!r.bad.empty(), "an infinite adapter weight went unnoticed");

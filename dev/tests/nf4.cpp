@@ -44,10 +44,9 @@ Matrix flat_matrix(const Quantised& q, size_t n) {
 
 // The decision thresholds of bitsandbytes' CPU back end: the fp32 midpoints between neighbouring codes, computed with
 // numpy. A value above one takes the code above.
-const float thresholds[15] = {
-    -0.848096371f, -0.610632896f, -0.45999527f, -0.33967942f, -0.234607399f,
-    -0.137911737f, -0.0455250181f, 0.0397901498f, 0.120255247f, 0.203521252f,
-    0.292013764f, 0.389312536f, 0.501663446f, 0.64278692f, 0.861478448f};
+const float thresholds[15] = {-0.848096371f, -0.610632896f,  -0.45999527f,  -0.33967942f, -0.234607399f,
+                              -0.137911737f, -0.0455250181f, 0.0397901498f, 0.120255247f, 0.203521252f,
+                              0.292013764f,  0.389312536f,   0.501663446f,  0.64278692f,  0.861478448f};
 
 void nf4_thresholds() {
     std::vector<float> w(64, 0.0f);
@@ -71,8 +70,8 @@ void nf4_thresholds() {
 
 void nf4_layout() {
     std::vector<float> w(64 + 3, 0.0f);
-    w[0] = -4.0f;  // code 0, and the block's absmax
-    w[1] = 4.0f;   // 15
+    w[0] = -4.0f;                    // code 0, and the block's absmax
+    w[1] = 4.0f;                     // 15
     w[3] = 0.7229568362236023f * 4;  // 14
     w[64] = 0.25f;
     w[66] = -0.25f;

@@ -692,13 +692,20 @@ static void records_llama3() {
     tokenizer_free(f.t);
 }
 
-extern const Test records_tests[] = {
-    {"records_pairs", records_pairs},         {"records_chats", records_chats},
-    {"records_faults", records_faults},       {"records_need_template", records_need_template},
-    {"records_formats", records_formats},     {"records_tokens", records_tokens},
-    {"records_bad_files", records_bad_files}, {"records_odd_but_good_files", records_odd_but_good_files},
-    {"records_many_bad", records_many_bad},   {"records_cut", records_cut},
-    {"records_warnings", records_warnings},   {"records_without_bos", records_without_bos},
+extern const Test records_tests[] = {{"records_pairs", records_pairs},
+                                     {"records_chats", records_chats},
+                                     {"records_faults", records_faults},
+                                     {"records_need_template", records_need_template},
+                                     {"records_formats", records_formats},
+                                     {"records_tokens", records_tokens},
+                                     {"records_bad_files", records_bad_files},
+                                     {"records_odd_but_good_files", records_odd_but_good_files},
+                                     {"records_many_bad", records_many_bad},
+                                     {"records_cut", records_cut},
+                                     {"records_warnings", records_warnings},
+                                     {"records_without_bos", records_without_bos},
                                      {"records_long_lines", records_long_lines},
-    {"records_threads", records_threads},     {"records_report", records_report},
-    {"records_llama3", records_llama3},       {nullptr, nullptr}};
+                                     {"records_threads", records_threads},
+                                     {"records_report", records_report},
+                                     {"records_llama3", records_llama3},
+                                     {nullptr, nullptr}};

@@ -18,7 +18,9 @@ static std::string program() {
     return path != nullptr ? path : source_path("train_llama");
 }
 
-static std::string base() { return " -m " + source_path("dev/tiny_llama"); }
+static std::string base() {
+    return " -m " + source_path("dev/tiny_llama");
+}
 
 // Runs train_llama with these arguments, stdout and stderr in *output.
 static int train(std::string* output, const std::string& arguments, const std::string& environment = "") {
@@ -78,7 +80,9 @@ static std::string small_data(size_t n) {
     return path;
 }
 
-static std::string adapter_of(const std::string& dir) { return file_text(dir + "/adapter_model.safetensors"); }
+static std::string adapter_of(const std::string& dir) {
+    return file_text(dir + "/adapter_model.safetensors");
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 
@@ -112,10 +116,12 @@ static void same_run_same_bytes() {
         adapter = adapter.empty() ? adapter_of(dir) : adapter;
         CHECK(adapter_of(dir) == adapter, "%s: other adapter bytes", variants[i]);
         log = i == 0 ? log_timeless(dir) : log;
-        CHECK(i != 1 || log_timeless(dir) == log, "%s: other log:\n%s\n%s", variants[i], log.c_str(), log_timeless(dir).c_str());
+        CHECK(i != 1 || log_timeless(dir) == log, "%s: other log:\n%s\n%s", variants[i], log.c_str(),
+              log_timeless(dir).c_str());
     }
     int code = train(&out, "--config " + root + "/0/run.json -o " + root + "/again -q");
-    CHECK(code == 0 && adapter_of(root + "/again") == adapter, "run.json does not repeat the run (exit %d)\n%s", code, out.c_str());
+    CHECK(code == 0 && adapter_of(root + "/again") == adapter, "run.json does not repeat the run (exit %d)\n%s", code,
+          out.c_str());
 }
 
 static void what_a_run_leaves() {
@@ -129,16 +135,20 @@ static void what_a_run_leaves() {
     for (const std::string& n : names) {
         all += n + " ";
     }
-    CHECK(!e && all == "adapter_config.json adapter_model.safetensors checkpoints log.jsonl run.json ", "left: %s", all.c_str());
+    CHECK(!e && all == "adapter_config.json adapter_model.safetensors checkpoints log.jsonl run.json ", "left: %s",
+          all.c_str());
     CHECK(steps.size() == 2 && steps[0] == "step_4" && steps[1] == "step_5", "%zu checkpoints", steps.size());
     std::vector<Json> log = log_records(dir);
     CHECK(log.size() == 3 + 5 + 5 + 1, "%zu records", log.size());
-    CHECK(log[0].find("event")->string == "run" && log[1].find("event")->string == "data" && log[2].find("event")->string == "plan" &&
-              log.back().find("event")->string == "end" && log.back().find("reason")->string == "finished", "order of the log");
+    CHECK(log[0].find("event")->string == "run" && log[1].find("event")->string == "data" &&
+              log[2].find("event")->string == "plan" && log.back().find("event")->string == "end" &&
+              log.back().find("reason")->string == "finished",
+          "order of the log");
     std::string hash;
     e = sha256_file(hash, dir + "/adapter_model.safetensors");
     CHECK(!e && log.back().find("adapter_sha256")->string == hash, "adapter_sha256");
-    const char* const step_keys[] = {"step", "epoch", "loss", "lr", "grad_norm", "tokens", "target_tokens", "ms", "tokens_per_s", "mfu"};
+    const char* const step_keys[] = {"step",   "epoch",         "loss", "lr",           "grad_norm",
+                                     "tokens", "target_tokens", "ms",   "tokens_per_s", "mfu"};
     for (const char* key : step_keys) {
         CHECK(log[3].find(key) != nullptr && log[3].find(key)->is_number(), "step record without %s", key);
     }
@@ -157,7 +167,8 @@ static void refuses_an_existing_run() {
     CHECK(code == 0, "resume of a finished run: exit %d: %s", code, out.c_str());
     write_text(dir + "/my_notes.txt", "keep me");
     code = train(&out, command + " --overwrite");
-    CHECK(code == 2 && path_exists(dir + "/my_notes.txt"), "--overwrite beside foreign files: exit %d: %s", code, out.c_str());
+    CHECK(code == 2 && path_exists(dir + "/my_notes.txt"), "--overwrite beside foreign files: exit %d: %s", code,
+          out.c_str());
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -198,11 +209,12 @@ static std::vector<std::string> words(const std::string& line) {
     return out;
 }
 
-// Ten times killed with -9, at moments spread over the run, and resumed: the adapter's bytes and the log are those of the
-// run that was left alone.
+// Ten times killed with -9, at moments spread over the run, and resumed: the adapter's bytes and the log are those of
+// the run that was left alone.
 static void killed_and_resumed() {
     std::string data = small_data(30), val = small_data(6), out, root = test_directory();
-    std::string common = "-i " + data + base() + " -r 8 -b 2 -e 4 --save-every 3 --eval-every 20 --val " + val + " --dropout 0.1 -q";
+    std::string common =
+        "-i " + data + base() + " -r 8 -b 2 -e 4 --save-every 3 --eval-every 20 --val " + val + " --dropout 0.1 -q";
     CHECK(train(&out, common + " -o " + root + "/whole") == 0, "%s", out.c_str());
     std::string dir = root + "/killed";
     int killed = 0;
@@ -224,9 +236,10 @@ static void stopped_by_a_signal() {
         int code = train_and_signal(words(common + " -o " + dir), 2.0, numbers[i]);
         CHECK(code == codes[i], "signal %d: exit %d, need %d", numbers[i], code, codes[i]);
         Json last = log_records(dir).back();
-        CHECK(last.find("event")->string == "end" && last.find("reason")->string == "signal", "log ends with %s", json_write(last).c_str());
-        CHECK(path_exists(dir + "/checkpoints/step_" + json_write(*last.find("steps")) + "/MANIFEST.json"), "no checkpoint of step %s",
-              json_write(*last.find("steps")).c_str());
+        CHECK(last.find("event")->string == "end" && last.find("reason")->string == "signal", "log ends with %s",
+              json_write(last).c_str());
+        CHECK(path_exists(dir + "/checkpoints/step_" + json_write(*last.find("steps")) + "/MANIFEST.json"),
+              "no checkpoint of step %s", json_write(*last.find("steps")).c_str());
         CHECK(!path_exists(dir + "/adapter_model.safetensors"), "a stopped run has a final adapter");
     }
 }
@@ -288,31 +301,39 @@ static void wrong_options_and_input() {
         bool has_output = c.first.find(" -o ") != std::string::npos;
         int code = train(&out, c.first + (has_output || c.first == "--resume" ? "" : " -o " + root + "/out"));
         CHECK(code == 2, "'%s': exit %d, need 2: %s", c.first.c_str(), code, out.c_str());
-        CHECK(text_has(out, "error: ") && (text_has(out, c.second) || c.first == "--resume"), "'%s': %s", c.first.c_str(), out.c_str());
+        CHECK(text_has(out, "error: ") && (text_has(out, c.second) || c.first == "--resume"), "'%s': %s",
+              c.first.c_str(), out.c_str());
         CHECK(!path_exists(root + "/out"), "'%s' left an output directory", c.first.c_str());
     }
 }
 
 static void skip_bad_lists_the_rejected() {
     std::string root = test_directory(), out;
-    write_text(root + "/some.jsonl", "{\"question\": \"a\", \"answer\": \"b\"}\n{\"question\": 1}\nnot \x1b[31m json\n{\"question\": \"c\", \"answer\": \"d\"}\n");
-    int code = train(&out, "-i " + root + "/some.jsonl" + base() + " -r 2 -n 1 --val none --skip-bad -o " + root + "/run");
+    write_text(root + "/some.jsonl",
+               "{\"question\": \"a\", \"answer\": \"b\"}\n{\"question\": 1}\nnot \x1b[31m json\n{\"question\": \"c\", "
+               "\"answer\": \"d\"}\n");
+    int code =
+        train(&out, "-i " + root + "/some.jsonl" + base() + " -r 2 -n 1 --val none --skip-bad -o " + root + "/run");
     CHECK(code == 0 && text_has(out, "4 read = 2 used + 2 rejected"), "exit %d: %s", code, out.c_str());
     CHECK(!text_has(out, "\x1b"), "an escape sequence of the data reached the terminal");
     std::string rejected = file_text(root + "/run/rejected.jsonl");
-    CHECK(text_has(rejected, "\"line\":2") && text_has(rejected, "\"line\":3") && text_has(rejected, "\"reason\""), "%s", rejected.c_str());
+    CHECK(text_has(rejected, "\"line\":2") && text_has(rejected, "\"line\":3") && text_has(rejected, "\"reason\""),
+          "%s", rejected.c_str());
 }
 
 static void dry_run_writes_nothing() {
     std::string data = small_data(4), root = test_directory(), out;
-    int code = train(&out, "-i " + data + base() + " --val none --dry-run --dump-data " + root + "/dump.jsonl -o " + root + "/run");
+    int code = train(
+        &out, "-i " + data + base() + " --val none --dry-run --dump-data " + root + "/dump.jsonl -o " + root + "/run");
     CHECK(code == 0 && text_has(out, "memory plan") && text_has(out, "speed"), "exit %d: %s", code, out.c_str());
     CHECK(!path_exists(root + "/run"), "a dry run made the output directory");
     std::string dump = file_text(root + "/dump.jsonl");
     Json first;
     Error e = json_parse(first, dump.data(), dump.find('\n'), "dump");
-    CHECK(!e && first.find("ids") && first.find("targets") && first.find("ids")->items.size() == first.find("targets")->items.size() &&
-              first.find("line")->integer == 1, "%s", dump.substr(0, dump.find('\n')).c_str());
+    CHECK(!e && first.find("ids") && first.find("targets") &&
+              first.find("ids")->items.size() == first.find("targets")->items.size() &&
+              first.find("line")->integer == 1,
+          "%s", dump.substr(0, dump.find('\n')).c_str());
     code = train(&out, "-m shape:8b --dry-run -b 1 -t 512");
     CHECK(code == 0 && text_has(out, "8,030,261,248 parameters"), "exit %d: %s", code, out.c_str());
 }
@@ -329,8 +350,8 @@ static void copies_of_a_launcher_are_refused() {
 
 static void survives_a_closed_pipe() {
     std::string data = small_data(6), out, dir = test_directory() + "/run";
-    int code = run_command(&out, program() + " -i " + data + base() + " -r 4 -n 4 --val none -o " + dir + " | head -n 1; test -f " + dir +
-                                     "/adapter_model.safetensors");
+    int code = run_command(&out, program() + " -i " + data + base() + " -r 4 -n 4 --val none -o " + dir +
+                                     " | head -n 1; test -f " + dir + "/adapter_model.safetensors");
     for (int i = 0; i < 50 && !path_exists(dir + "/adapter_model.safetensors"); i++) {
         usleep(100000);
     }
@@ -351,14 +372,16 @@ static void divergence_is_an_exit_code() {
     std::vector<float> huge(192, 1e30f);
     Error e = dir_create(from);
     const std::string name = "base_model.model.model.layers.0.self_attn.q_proj.lora_";
-    e = e ? e : safetensors_write(from + "/adapter_model.safetensors", {{name + "A.weight", "F32", {1, 192}, huge.data()},
-                                                                       {name + "B.weight", "F32", {192, 1}, huge.data()}});
+    e = e ? e
+          : safetensors_write(from + "/adapter_model.safetensors", {{name + "A.weight", "F32", {1, 192}, huge.data()},
+                                                                    {name + "B.weight", "F32", {192, 1}, huge.data()}});
     CHECK(!e, "%s", e.what.c_str());
     write_text(from + "/adapter_config.json",
                R"({"peft_type":"LORA","r":1,"lora_alpha":1,"layers_to_transform":null,"target_modules":["q_proj"]})");
     // first without the other layers' matrices: refused by name
     int code = train(&out, "-i " + data + base() + " --init-adapter " + from + " --val none -o " + dir);
-    CHECK(code == 2 && text_has(out, "layers.1.self_attn.q_proj.lora_A.weight is missing"), "exit %d: %s", code, out.c_str());
+    CHECK(code == 2 && text_has(out, "layers.1.self_attn.q_proj.lora_A.weight is missing"), "exit %d: %s", code,
+          out.c_str());
     std::vector<TensorOut> all;
     for (const char* layer : {"0", "1", "2", "3"}) {
         std::string n = std::string("base_model.model.model.layers.") + layer + ".self_attn.q_proj.lora_";
@@ -372,14 +395,15 @@ static void divergence_is_an_exit_code() {
     CHECK(code == 3 && text_has(out, "not finite") && text_has(out, "step 1"), "exit %d: %s", code, out.c_str());
     CHECK(!path_exists(dir + "/adapter_model.safetensors"), "a diverged run wrote a final adapter");
     Json last = log_records(dir).back();
-    CHECK(last.find("reason") && last.find("reason")->string == "diverged", "log ends with %s", json_write(last).c_str());
+    CHECK(last.find("reason") && last.find("reason")->string == "diverged", "log ends with %s",
+          json_write(last).c_str());
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // memory
 
-// Llama-3.2-1B's shape in bf16, 2.5 GB on disk: while it is read and quantised the process stays under the packed model,
-// one matrix and 200 MB.
+// Llama-3.2-1B's shape in bf16, 2.5 GB on disk: while it is read and quantised the process stays under the packed
+// model, one matrix and 200 MB.
 static void memory_of_a_1b_load() {
     const uint64_t C = 2048, F = 8192, L = 16, V = 128256, KV = 512;
     std::string root = test_directory(), model = root + "/model";
@@ -391,21 +415,25 @@ static void memory_of_a_1b_load() {
         return test_skip("less than 4 GB of disk free for temporary files");
     }
     CHECK(!dir_create(model), "cannot make %s", model.c_str());
-    write_text(model + "/config.json",
-               R"({"model_type":"llama","vocab_size":128256,"hidden_size":2048,"intermediate_size":8192,"num_hidden_layers":16,)"
-               R"("num_attention_heads":32,"num_key_value_heads":8,"head_dim":64,"hidden_act":"silu","rms_norm_eps":1e-5,)"
-               R"("max_position_embeddings":131072,"rope_theta":500000.0,"tie_word_embeddings":true})");
+    write_text(
+        model + "/config.json",
+        R"({"model_type":"llama","vocab_size":128256,"hidden_size":2048,"intermediate_size":8192,"num_hidden_layers":16,)"
+        R"("num_attention_heads":32,"num_key_value_heads":8,"head_dim":64,"hidden_act":"silu","rms_norm_eps":1e-5,)"
+        R"("max_position_embeddings":131072,"rope_theta":500000.0,"tie_word_embeddings":true})");
     std::vector<bf16> block(V * C);  // every tensor takes its values from the start of this
     for (size_t i = 0; i < block.size(); i++) {
         block[i] = to_bf16(float(int(i * 2654435761u >> 20) - 2048) / 40000);
     }
-    std::vector<TensorOut> tensors = {{"model.embed_tokens.weight", "BF16", {V, C}, block.data()}, {"model.norm.weight", "BF16", {C}, block.data()}};
+    std::vector<TensorOut> tensors = {{"model.embed_tokens.weight", "BF16", {V, C}, block.data()},
+                                      {"model.norm.weight", "BF16", {C}, block.data()}};
     for (uint64_t l = 0; l < L; l++) {
         std::string p = "model.layers." + std::to_string(l) + ".";
         const std::pair<const char*, std::vector<uint64_t>> parts[] = {
-            {"input_layernorm.weight", {C}}, {"post_attention_layernorm.weight", {C}}, {"self_attn.q_proj.weight", {C, C}},
-            {"self_attn.k_proj.weight", {KV, C}}, {"self_attn.v_proj.weight", {KV, C}}, {"self_attn.o_proj.weight", {C, C}},
-            {"mlp.gate_proj.weight", {F, C}}, {"mlp.up_proj.weight", {F, C}}, {"mlp.down_proj.weight", {C, F}}};
+            {"input_layernorm.weight", {C}},      {"post_attention_layernorm.weight", {C}},
+            {"self_attn.q_proj.weight", {C, C}},  {"self_attn.k_proj.weight", {KV, C}},
+            {"self_attn.v_proj.weight", {KV, C}}, {"self_attn.o_proj.weight", {C, C}},
+            {"mlp.gate_proj.weight", {F, C}},     {"mlp.up_proj.weight", {F, C}},
+            {"mlp.down_proj.weight", {C, F}}};
         for (const auto& part : parts) {
             tensors.push_back({p + part.first, "BF16", part.second, block.data()});
         }
@@ -419,12 +447,15 @@ static void memory_of_a_1b_load() {
     int code = run_command(&out, tool + " " + model + " - " + root + "/tokens.safetensors " + root +
                                      "/logits.safetensors --quant nf4 --memory");
     CHECK(code == 0, "exit %d: %s", code, out.c_str());
-    const double linears = 973078528.0, packed = linears / 2 + linears / 64 * (1 + 4 / 256.0) + double(V * C) * 2 + (2 * L + 1) * C * 4;
+    const double linears = 973078528.0,
+                 packed = linears / 2 + linears / 64 * (1 + 4 / 256.0) + double(V * C) * 2 + (2 * L + 1) * C * 4;
     const double one_matrix = double(F * C) * 2, bound = packed + one_matrix + 200e6;
     size_t at = out.find("after_load_bytes: ");
     double used = at == std::string::npos ? NAN : atof(out.c_str() + at + 18);
-    CHECK(used <= bound, "peak %.0f MB, bound %.0f MB (packed %.0f)\n%s", used / 1e6, bound / 1e6, packed / 1e6, out.c_str());
-    printf("    peak while loading: %.0f MB; packed model %.0f MB, bound %.0f MB\n", used / 1e6, packed / 1e6, bound / 1e6);
+    CHECK(used <= bound, "peak %.0f MB, bound %.0f MB (packed %.0f)\n%s", used / 1e6, bound / 1e6, packed / 1e6,
+          out.c_str());
+    printf("    peak while loading: %.0f MB; packed model %.0f MB, bound %.0f MB\n", used / 1e6, packed / 1e6,
+           bound / 1e6);
 }
 
 extern const Test trainer_tests[];

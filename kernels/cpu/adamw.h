@@ -23,9 +23,9 @@ void adamw_update(Cpu<X>& dev, typename Cpu<X>::real* p, typename Cpu<X>::real* 
     using real = typename Cpu<X>::real;
     const double correction1 = 1 - std::pow(a.beta1, double(a.step)),
                  correction2 = 1 - std::pow(a.beta2, double(a.step));
-    const AdamWScalars<real> s = {real(a.grad_scale),  real(1 - a.lr * a.weight_decay), real(1 - a.beta1),
-                                  real(a.beta2),       real(1 - a.beta2),               real(std::sqrt(correction2)),
-                                  real(a.eps),         real(-(a.lr / correction1))};
+    const AdamWScalars<real> s = {
+        real(a.grad_scale), real(1 - a.lr * a.weight_decay), real(1 - a.beta1), real(a.beta2),
+        real(1 - a.beta2),  real(std::sqrt(correction2)),    real(a.eps),       real(-(a.lr / correction1))};
     parallel_ranges(dev.threads, n, 16384, [&](size_t begin, size_t end, int) {
         row_kernels(dev).adamw(p + begin, m + begin, v + begin, g + begin, end - begin, &s);
     });

@@ -21,10 +21,10 @@
 
 struct AttentionShape {
     int NH, NKV, HS;
-    int MR, NR;            // register tile
-    size_t keys;           // forward: keys a block
-    size_t block;          // backward: queries and keys a block; a multiple of NR
-    size_t stride;         // of a row of qkv
+    int MR, NR;     // register tile
+    size_t keys;    // forward: keys a block
+    size_t block;   // backward: queries and keys a block; a multiple of NR
+    size_t stride;  // of a row of qkv
 };
 
 template <class X>
@@ -53,7 +53,7 @@ struct AttentionTask {
 // the work. A long document is cut into pieces of 256 queries, or of 256 keys.
 struct AttentionPlan {
     bool whole;
-    size_t piece;   // blocks
+    size_t piece;  // blocks
     size_t tasks;
 };
 
@@ -174,9 +174,9 @@ void attention_mask(const AttentionShape& s, X* scores, size_t key0, size_t keys
 
 template <class X>
 struct AttentionForwardSpace {
-    X *K, *V;                // left panels of the document: [key tile][HS][MR], [channel tile][key][MR]
-    X *Q, *S, *O;            // [HS][NR], [key][NR], [HS][NR]
-    X *max, *sum, *shrink;   // [NR]
+    X *K, *V;               // left panels of the document: [key tile][HS][MR], [channel tile][key][MR]
+    X *Q, *S, *O;           // [HS][NR], [key][NR], [HS][NR]
+    X *max, *sum, *shrink;  // [NR]
 };
 
 template <class X>
@@ -264,16 +264,16 @@ void attention_forward(Cpu<X>& dev, X* out, typename Cpu<X>::real* lse, const X*
 template <class X>
 struct AttentionBackwardSpace {
     // of the document, a block of keys after the other
-    X *K, *V;                // left panels [key tile][HS][MR]
-    X *K_channels;           // left panels [channel tile][key][MR]
-    X *dK, *dV;              // sums, transposed: [panel of NR keys][HS][NR]
+    X *K, *V;       // left panels [key tile][HS][MR]
+    X* K_channels;  // left panels [channel tile][key][MR]
+    X *dK, *dV;     // sums, transposed: [panel of NR keys][HS][NR]
     // of a block of queries
-    X *Q, *dO;               // right panels [panel of NR queries][HS][NR], Q scaled
-    X *Q_channels, *dO_channels;  // left panels [channel tile][query][MR], Q scaled
-    X *dQ;                   // sum, transposed: [panel of NR queries][HS][NR]
-    X *S, *dS;               // [panel of NR queries][key][NR]
-    X *turned;               // [query][NR keys]
-    X *lse, *D;              // [query]
+    X *Q, *dO;                     // right panels [panel of NR queries][HS][NR], Q scaled
+    X *Q_channels, *dO_channels;   // left panels [channel tile][query][MR], Q scaled
+    X* dQ;                         // sum, transposed: [panel of NR queries][HS][NR]
+    X *S, *dS;                     // [panel of NR queries][key][NR]
+    X* turned;                     // [query][NR keys]
+    X *lse, *D;                    // [query]
     size_t lines, channels, sums;  // elements a block of K, of K_channels, of dK
 };
 

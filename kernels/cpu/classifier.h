@@ -8,9 +8,9 @@
 
 #include "kernels/cpu/gemm.h"
 
-constexpr size_t CLASSIFIER_LOGITS = size_t(1) << 24;      // elements of the logits of a chunk, at most ...
-constexpr size_t CLASSIFIER_ROWS = 512, CLASSIFIER_LEAST_ROWS = 48;   // ... within these bounds
-constexpr size_t CLASSIFIER_COLUMNS = 32 * GEMM_KC;        // of dlogits, packed together
+constexpr size_t CLASSIFIER_LOGITS = size_t(1) << 24;                // elements of the logits of a chunk, at most ...
+constexpr size_t CLASSIFIER_ROWS = 512, CLASSIFIER_LEAST_ROWS = 48;  // ... within these bounds
+constexpr size_t CLASSIFIER_COLUMNS = 32 * GEMM_KC;                  // of dlogits, packed together
 
 template <class Real>
 struct ClassifierSpace {

@@ -73,14 +73,14 @@ void device_reserve(Cpu<X>& dev, size_t bytes) {
     }
 }
 
-#define INSTANTIATE(X)                                                    \
-    template void device_open(Cpu<X>&, int);                              \
-    template void device_close(Cpu<X>&);                                  \
-    template void* device_alloc(Cpu<X>&, size_t, const char*);            \
-    template void device_free(Cpu<X>&, void*);                            \
-    template void device_zero(Cpu<X>&, void*, size_t);                    \
-    template void device_to(Cpu<X>&, void*, const void*, size_t);         \
-    template void device_from(Cpu<X>&, void*, const void*, size_t);       \
+#define INSTANTIATE(X)                                              \
+    template void device_open(Cpu<X>&, int);                        \
+    template void device_close(Cpu<X>&);                            \
+    template void* device_alloc(Cpu<X>&, size_t, const char*);      \
+    template void device_free(Cpu<X>&, void*);                      \
+    template void device_zero(Cpu<X>&, void*, size_t);              \
+    template void device_to(Cpu<X>&, void*, const void*, size_t);   \
+    template void device_from(Cpu<X>&, void*, const void*, size_t); \
     template void device_reserve(Cpu<X>&, size_t);
 INSTANTIATE(float)
 INSTANTIATE(double)

@@ -41,8 +41,8 @@ void rmsnorm_rstd(Cpu<X>& dev, typename Cpu<X>::real* rstd, const X* x, size_t N
 
 // out (N, C) = x (N, C) * rstd (N) * w (C).
 template <class X>
-void rmsnorm_forward(Cpu<X>& dev, X* out, const X* x, const typename Cpu<X>::real* rstd,
-                     const typename Cpu<X>::real* w, size_t N, int C) {
+void rmsnorm_forward(Cpu<X>& dev, X* out, const X* x, const typename Cpu<X>::real* rstd, const typename Cpu<X>::real* w,
+                     size_t N, int C) {
     parallel_ranges(dev.threads, N, rows_grain(size_t(C)), [&](size_t begin, size_t end, int) {
         for (size_t row = begin; row < end; row++) {
             row_kernels(dev).norm_mul(out + row * size_t(C), x + row * size_t(C), rstd[row], w, size_t(C));

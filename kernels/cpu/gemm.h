@@ -19,8 +19,8 @@
 #include "kernels/types.h"
 
 constexpr size_t GEMM_KC = 256, GEMM_NC = 256;
-constexpr size_t GEMM_LINES = 16;             // rows that are transposed together
-constexpr size_t GEMM_LINE = GEMM_KC + 16;    // their stride: not a power of two, so that they do not share cache sets
+constexpr size_t GEMM_LINES = 16;           // rows that are transposed together
+constexpr size_t GEMM_LINE = GEMM_KC + 16;  // their stride: not a power of two, so that they do not share cache sets
 
 // ---- workspace ----
 
@@ -49,8 +49,12 @@ Arena arena_of(const Cpu<X>& dev) {
 
 // ---- leaves by type ----
 
-inline int tile_rows(const Cpu<float>& dev) { return dev.isa->MR; }
-inline int tile_columns(const Cpu<float>& dev) { return dev.isa->NR; }
+inline int tile_rows(const Cpu<float>& dev) {
+    return dev.isa->MR;
+}
+inline int tile_columns(const Cpu<float>& dev) {
+    return dev.isa->NR;
+}
 inline void gemm_tile(const Cpu<float>& dev, size_t k, const float* a, const float* b, float* c, size_t ldc, int mr,
                       int nr, bool add) {
     dev.isa->gemm_tile(k, a, b, c, ldc, mr, nr, add);
@@ -61,8 +65,12 @@ inline void transpose_lines(const Cpu<float>& dev, float* out, size_t ldo, int w
 }
 
 constexpr int DOUBLE_MR = 4, DOUBLE_NR = 8;
-inline int tile_rows(const Cpu<double>&) { return DOUBLE_MR; }
-inline int tile_columns(const Cpu<double>&) { return DOUBLE_NR; }
+inline int tile_rows(const Cpu<double>&) {
+    return DOUBLE_MR;
+}
+inline int tile_columns(const Cpu<double>&) {
+    return DOUBLE_NR;
+}
 inline void gemm_tile(const Cpu<double>&, size_t k, const double* a, const double* b, double* c, size_t ldc, int mr,
                       int nr, bool add) {
     double sum[DOUBLE_MR][DOUBLE_NR] = {};
@@ -186,11 +194,11 @@ void operand_run(const Cpu<X>& dev, Real* out, const Operand<X>& op, size_t row,
     row = op.map ? size_t(op.map[row]) : row;
     const X* x = op.in.x + row * op.in.stride + column;
     switch (op.in.kind) {
-    case LinearInput<X, Real>::PLAIN: memcpy(out, x, n * sizeof(Real)); break;
-    case LinearInput<X, Real>::RMSNORM:
-        row_kernels(dev).norm_mul(out, x, op.in.rstd[row], op.in.norm_w + column, n);
-        break;
-    case LinearInput<X, Real>::SWIGLU: row_kernels(dev).silu_mul(out, x, x + op.ld, n); break;
+        case LinearInput<X, Real>::PLAIN: memcpy(out, x, n * sizeof(Real)); break;
+        case LinearInput<X, Real>::RMSNORM:
+            row_kernels(dev).norm_mul(out, x, op.in.rstd[row], op.in.norm_w + column, n);
+            break;
+        case LinearInput<X, Real>::SWIGLU: row_kernels(dev).silu_mul(out, x, x + op.ld, n); break;
     }
     if (op.drop) {
         dropout_run(dev, out, *op.drop, op.module, row, column, n);
@@ -262,8 +270,7 @@ constexpr size_t PACK_LEAST = 32768, GEMM_LEAST = 1 << 20;
 // Scratch of the threads; taken first by every op.
 template <class X>
 typename Cpu<X>::real* thread_scratch(const Cpu<X>& dev, Arena& arena) {
-    return arena_take<typename Cpu<X>::real>(arena,
-                                             size_t(dev.threads) * (GEMM_KC * GEMM_NC + GEMM_LINES * GEMM_LINE));
+    return arena_take<typename Cpu<X>::real>(arena, size_t(dev.threads) * (GEMM_KC * GEMM_NC + GEMM_LINES * GEMM_LINE));
 }
 
 // packed (packed_elements) = A (M, K): M rows of the operand, or (along) M of its columns.

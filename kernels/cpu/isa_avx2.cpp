@@ -18,14 +18,30 @@ struct table16 {
 inline __m256i lanes(int n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0));
 }
-inline vec v_zero() { return _mm256_setzero_ps(); }
-inline vec v_set1(float x) { return _mm256_set1_ps(x); }
-inline vec v_load(const float* p) { return _mm256_loadu_ps(p); }
-inline vec v_load_n(const float* p, int n) { return _mm256_maskload_ps(p, lanes(n)); }
-inline void v_store(float* p, vec x) { _mm256_storeu_ps(p, x); }
-inline void v_store_n(float* p, vec x, int n) { _mm256_maskstore_ps(p, lanes(n), x); }
-inline vec v_add(vec a, vec b) { return _mm256_add_ps(a, b); }
-inline vec v_fma(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
+inline vec v_zero() {
+    return _mm256_setzero_ps();
+}
+inline vec v_set1(float x) {
+    return _mm256_set1_ps(x);
+}
+inline vec v_load(const float* p) {
+    return _mm256_loadu_ps(p);
+}
+inline vec v_load_n(const float* p, int n) {
+    return _mm256_maskload_ps(p, lanes(n));
+}
+inline void v_store(float* p, vec x) {
+    _mm256_storeu_ps(p, x);
+}
+inline void v_store_n(float* p, vec x, int n) {
+    _mm256_maskstore_ps(p, lanes(n), x);
+}
+inline vec v_add(vec a, vec b) {
+    return _mm256_add_ps(a, b);
+}
+inline vec v_fma(vec a, vec b, vec c) {
+    return _mm256_fmadd_ps(a, b, c);
+}
 
 // Rows to columns, in three rounds: pairs, fours, then 128-bit halves.
 inline void v_transpose(vec v[8]) {
@@ -78,12 +94,14 @@ inline vec v_widen_bf16(const uint16_t* p) {
     __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
 }
-inline vec v_widen_f16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+inline vec v_widen_f16(const uint16_t* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+}
 
 #include "kernels/cpu/leaf_gemm.inc"
 #include "kernels/cpu/leaf_rows.inc"
 
 }  // namespace
 
-extern const CpuIsa cpu_isa_avx2 = {"avx2", TILE_MR, TILE_NV * W, gemm_tile, transpose, nf4_run,
-                                  widen_bf16, widen_f16, philox_run, fma_loop, LEAF_ROWS};
+extern const CpuIsa cpu_isa_avx2 = {"avx2",     TILE_MR,   TILE_NV* W, gemm_tile, transpose, nf4_run,
+                                    widen_bf16, widen_f16, philox_run, fma_loop,  LEAF_ROWS};

@@ -17,15 +17,33 @@ constexpr int W = 16, TILE_MR = 6, TILE_NV = 4;
 typedef __m512 vec;
 typedef __m512 table16;
 
-inline __mmask16 lanes(int n) { return __mmask16((1u << n) - 1); }
-inline vec v_zero() { return _mm512_setzero_ps(); }
-inline vec v_set1(float x) { return _mm512_set1_ps(x); }
-inline vec v_load(const float* p) { return _mm512_loadu_ps(p); }
-inline vec v_load_n(const float* p, int n) { return _mm512_maskz_loadu_ps(lanes(n), p); }
-inline void v_store(float* p, vec x) { _mm512_storeu_ps(p, x); }
-inline void v_store_n(float* p, vec x, int n) { _mm512_mask_storeu_ps(p, lanes(n), x); }
-inline vec v_add(vec a, vec b) { return _mm512_add_ps(a, b); }
-inline vec v_fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
+inline __mmask16 lanes(int n) {
+    return __mmask16((1u << n) - 1);
+}
+inline vec v_zero() {
+    return _mm512_setzero_ps();
+}
+inline vec v_set1(float x) {
+    return _mm512_set1_ps(x);
+}
+inline vec v_load(const float* p) {
+    return _mm512_loadu_ps(p);
+}
+inline vec v_load_n(const float* p, int n) {
+    return _mm512_maskz_loadu_ps(lanes(n), p);
+}
+inline void v_store(float* p, vec x) {
+    _mm512_storeu_ps(p, x);
+}
+inline void v_store_n(float* p, vec x, int n) {
+    _mm512_mask_storeu_ps(p, lanes(n), x);
+}
+inline vec v_add(vec a, vec b) {
+    return _mm512_add_ps(a, b);
+}
+inline vec v_fma(vec a, vec b, vec c) {
+    return _mm512_fmadd_ps(a, b, c);
+}
 
 // Rows to columns, in four rounds: pairs, fours, then 128-bit quarters twice.
 inline void v_transpose(vec v[16]) {
@@ -68,7 +86,9 @@ inline table16 v_table(float absmax) {
     u = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
     return _mm512_castsi512_ps(_mm512_and_si512(u, _mm512_set1_epi32(int(0xffff0000))));
 }
-inline void v_table_store(float* p, table16 t) { v_store(p, t); }
+inline void v_table_store(float* p, table16 t) {
+    v_store(p, t);
+}
 // 8 bytes to 16 lanes: lane l takes the dword with its byte, shifts its nibble down, and vpermps reads its low 4 bits.
 inline vec v_lookup(const uint8_t* codes, table16 table) {
     const __m512i half = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
@@ -80,12 +100,14 @@ inline vec v_widen_bf16(const uint16_t* p) {
     __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
 }
-inline vec v_widen_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+inline vec v_widen_f16(const uint16_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+}
 
 #include "kernels/cpu/leaf_gemm.inc"
 #include "kernels/cpu/leaf_rows.inc"
 
 }  // namespace
 
-extern const CpuIsa cpu_isa_avx512 = {"avx512", TILE_MR, TILE_NV * W, gemm_tile, transpose, nf4_run,
-                                  widen_bf16, widen_f16, philox_run, fma_loop, LEAF_ROWS};
+extern const CpuIsa cpu_isa_avx512 = {"avx512",   TILE_MR,   TILE_NV* W, gemm_tile, transpose, nf4_run,
+                                      widen_bf16, widen_f16, philox_run, fma_loop,  LEAF_ROWS};

@@ -18,9 +18,15 @@ struct table16 {
     float x[16];
 };
 
-inline vec v_zero() { return {}; }
-inline vec v_set1(float x) { return {{x, x, x, x}}; }
-inline vec v_load(const float* p) { return {{p[0], p[1], p[2], p[3]}}; }
+inline vec v_zero() {
+    return {};
+}
+inline vec v_set1(float x) {
+    return {{x, x, x, x}};
+}
+inline vec v_load(const float* p) {
+    return {{p[0], p[1], p[2], p[3]}};
+}
 inline vec v_load_n(const float* p, int n) {
     vec v = {};
     for (int i = 0; i < n; i++) {
@@ -33,8 +39,12 @@ inline void v_store_n(float* p, vec v, int n) {
         p[i] = v.x[i];
     }
 }
-inline void v_store(float* p, vec v) { memcpy(p, v.x, sizeof v.x); }
-inline vec v_add(vec a, vec b) { return {{a.x[0] + b.x[0], a.x[1] + b.x[1], a.x[2] + b.x[2], a.x[3] + b.x[3]}}; }
+inline void v_store(float* p, vec v) {
+    memcpy(p, v.x, sizeof v.x);
+}
+inline vec v_add(vec a, vec b) {
+    return {{a.x[0] + b.x[0], a.x[1] + b.x[1], a.x[2] + b.x[2], a.x[3] + b.x[3]}};
+}
 inline vec v_fma(vec a, vec b, vec c) {
     return {{c.x[0] + a.x[0] * b.x[0], c.x[1] + a.x[1] * b.x[1], c.x[2] + a.x[2] * b.x[2], c.x[3] + a.x[3] * b.x[3]}};
 }
@@ -64,7 +74,9 @@ inline table16 v_table(float absmax) {
     }
     return t;
 }
-inline void v_table_store(float* p, const table16& t) { memcpy(p, t.x, sizeof t.x); }
+inline void v_table_store(float* p, const table16& t) {
+    memcpy(p, t.x, sizeof t.x);
+}
 inline vec v_lookup(const uint8_t* codes, const table16& t) {
     return {{t.x[codes[0] >> 4], t.x[codes[0] & 15], t.x[codes[1] >> 4], t.x[codes[1] & 15]}};
 }
@@ -84,5 +96,5 @@ inline vec v_widen_f16(const uint16_t* p) {
 
 }  // namespace
 
-extern const CpuIsa cpu_isa_ref = {"ref", TILE_MR, TILE_NV * W, gemm_tile, transpose, nf4_run,
-                                  widen_bf16, widen_f16, philox_run, fma_loop, LEAF_ROWS};
+extern const CpuIsa cpu_isa_ref = {"ref",      TILE_MR,   TILE_NV* W, gemm_tile, transpose, nf4_run,
+                                   widen_bf16, widen_f16, philox_run, fma_loop,  LEAF_ROWS};

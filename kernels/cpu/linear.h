@@ -250,9 +250,9 @@ void linear_dB(Cpu<X>& dev, const LinearGroup<Real>& g, const X* dout, size_t do
 // din (N, C) = gradient of x, the input after norm or SwiGLU; nullptr: not wanted. dout (N, OC), rows dout_stride
 // apart, is rotated back in place first. dA, dB +=.
 template <class X>
-void linear_backward(Cpu<X>& dev, X* din, X* dout, size_t dout_stride,
-                     const LinearInput<X, typename Cpu<X>::real>& in, const LinearGroup<typename Cpu<X>::real>& g,
-                     const X* xa, size_t N, const Rope<typename Cpu<X>::real>* rope, const Dropout& drop) {
+void linear_backward(Cpu<X>& dev, X* din, X* dout, size_t dout_stride, const LinearInput<X, typename Cpu<X>::real>& in,
+                     const LinearGroup<typename Cpu<X>::real>& g, const X* xa, size_t N,
+                     const Rope<typename Cpu<X>::real>* rope, const Dropout& drop) {
     using Real = typename Cpu<X>::real;
     Arena arena = arena_of(dev);
     LinearBackwardSpace<Real> s = linear_backward_space(dev, arena, g, N, drop.p > 0);

@@ -7,7 +7,9 @@
 
 // A value above threshold i takes a code above i: the fp32 midpoint of codes i and i + 1, as bitsandbytes' CPU back end
 // computes it. (The decimals in its CUDA kernel round to a neighbour of the midpoint at four of the fifteen.)
-static float threshold(int i) { return (NF4_CODE[i] + NF4_CODE[i + 1]) / 2.0f; }
+static float threshold(int i) {
+    return (NF4_CODE[i] + NF4_CODE[i + 1]) / 2.0f;
+}
 
 static void quantize_block(uint8_t* codes, float* absmax, const float* w, size_t n) {
     float x[64] = {};

@@ -36,24 +36,24 @@ inline float nf4_absmax(const Matrix& m, size_t block) {
 // out (n): elements first .. first + n of the flattened matrix.
 inline void matrix_run(const Cpu<float>& dev, float* out, const Matrix& m, size_t first, size_t n) {
     switch (m.store) {
-    case Store::F32: memcpy(out, static_cast<const float*>(m.data) + first, n * sizeof(float)); break;
-    case Store::BF16: dev.isa->widen_bf16(out, static_cast<const uint16_t*>(m.data) + first, n); break;
-    case Store::F16: dev.isa->widen_f16(out, static_cast<const uint16_t*>(m.data) + first, n); break;
-    case Store::NF4:
-        while (n > 0) {
-            constexpr size_t BLOCKS = 16;
-            float absmax[BLOCKS];
-            size_t block = first / 64, part = (block + BLOCKS) * 64 - first;
-            part = part < n ? part : n;
-            for (size_t b = block; b * 64 < first + part; b++) {
-                absmax[b - block] = nf4_absmax(m, b);
+        case Store::F32: memcpy(out, static_cast<const float*>(m.data) + first, n * sizeof(float)); break;
+        case Store::BF16: dev.isa->widen_bf16(out, static_cast<const uint16_t*>(m.data) + first, n); break;
+        case Store::F16: dev.isa->widen_f16(out, static_cast<const uint16_t*>(m.data) + first, n); break;
+        case Store::NF4:
+            while (n > 0) {
+                constexpr size_t BLOCKS = 16;
+                float absmax[BLOCKS];
+                size_t block = first / 64, part = (block + BLOCKS) * 64 - first;
+                part = part < n ? part : n;
+                for (size_t b = block; b * 64 < first + part; b++) {
+                    absmax[b - block] = nf4_absmax(m, b);
+                }
+                dev.isa->nf4_run(out, m.codes, absmax, first, part);
+                out += part;
+                first += part;
+                n -= part;
             }
-            dev.isa->nf4_run(out, m.codes, absmax, first, part);
-            out += part;
-            first += part;
-            n -= part;
-        }
-        break;
+            break;
     }
 }
 
