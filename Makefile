@@ -82,8 +82,9 @@ empty :=
 space := $(empty) $(empty)
 ifneq (,$(NVCC))
 host_flags := $(subst $(space),$(comma),$(strip $(filter-out -std=c++17,$(common)) $(CXXFLAGS)))
-# 2810: nvcc takes an assignment to an Error for a result that is thrown away; g++ and clang check it rightly.
-COMPILE_CU = $(NVCC) -ccbin $(firstword $(CXX)) -std=c++17 -O3 -lineinfo -Xptxas -warn-spills -diag-suppress 2810 \
+# 2810: nvcc takes an assignment to an Error for a result that is thrown away; g++ and clang check it rightly. 1675: a
+# pragma that is for the host compiler.
+COMPILE_CU = $(NVCC) -ccbin $(firstword $(CXX)) -std=c++17 -O3 -lineinfo -Xptxas -warn-spills -diag-suppress 2810,1675 \
              $(GPU_CODE) -Xcompiler $(host_flags) -I. $(NVCCFLAGS) $(CPPFLAGS)
 LINK = $(NVCC) -ccbin $(firstword $(CXX)) $(GPU_CODE) -Xcompiler $(host_flags)
 link_flags = $(addprefix -Xlinker ,$(subst -Wl$(comma),,$(filter -Wl%,$(LDFLAGS)))) $(filter-out -Wl%,$(LDFLAGS))

@@ -3,11 +3,10 @@
 
     mutants.py [--only SUBSTRING] [--list] [--jobs N] [--work DIR] [--output FILE]
 
-A fault is a piece of text of one source file and what replaces it. The tree is copied first and never touched; the
-changed file lies in a folder of its own that the compiler searches before the tree, so an interrupted run leaves nothing
-behind. What depends on the changed file (g++ -MMD says it) is compiled again and linked with the other objects and with
-the test groups that the fault names. A fault is caught when one of those tests fails, by a check or by a crash; the same
-tests must pass without it, and a fault that does not compile counts as missed.
+A fault is a piece of text of one source file and what replaces it. The tree itself is never touched: faults are planted
+in a copy. What depends on the changed file (g++ -MMD says it) is compiled again and linked with the other objects and
+with the test groups that the fault names. A fault is caught when one of those tests fails, by a check or by a crash; the
+same tests must pass without it, and a fault that does not compile counts as missed.
 
 Writes the table of faults and tests to --output (all faults, so not with --only). The last line is `N passed, N failed`:
 faults caught; faults missed, and tests that fail without any fault. Exit status 1 when anything failed.
@@ -17,6 +16,7 @@ With --work the objects are kept for the next run. Needs g++ and what the progra
 import argparse
 import collections
 import concurrent.futures
+import contextlib
 import os
 import platform
 import shutil
@@ -149,7 +149,7 @@ FAULTS = [
           "trainer/what_a_run"),
     Fault("every epoch has the same order", "train_run.h", "STREAM_ORDER, uint64_t(epoch))", "STREAM_ORDER, uint64_t(0))",
           "trainer/what_a_run trainer/same_run"),
-    Fault("dropout seed not that of the run", "train_llama.cu", "m.dropout_seed = o.seed;",
+    Fault("dropout seed not that of the run", "train_llama.cu", "m.dropout_seed = run.o.seed;",
           "m.dropout_seed = uint64_t(getpid());", "trainer/same_run"),
     Fault("Philox with seven rounds", "kernels/random.h", "round < 10", "round < 7", "random/"),
     Fault("permutations never move the first place's neighbour", "kernels/random.h", "uint64_t(i) + 1))", "uint64_t(i)))",
@@ -320,7 +320,7 @@ class Build:
         """Files that the object of source was made of, as the compiler wrote them down: of the tree, relative to it."""
         with open(self.object(source)[:-1] + "d") as f:
             words = f.read().replace("\\\n", " ").split()
-        return [w for w in words[1:] if not w.startswith("/")]
+        return [os.path.normpath(w) for w in words[1:] if not w.startswith("/")]
 
     def up_to_date(self, source):
         made = self.object(source)
@@ -329,12 +329,8 @@ class Build:
         files = [os.path.join(self.tree, d) for d in self.dependencies(source)]
         return all(os.path.exists(f) and os.path.getmtime(f) <= os.path.getmtime(made) for f in files)
 
-    def compile(self, source, made, first=None):
-        """first: the folder that is searched before the tree."""
-        inside = first and os.path.exists(os.path.join(first, source))
-        command = ["g++", *FLAGS, *(TIERS.get(source, []) if X86 else []), *(["-I" + first] if first else []), "-I.", "-MMD",
-                   "-x", "c++", "-c", os.path.join(first, source) if inside else source, "-o", made]
-        self.call(command)
+    def compile(self, source, made):
+        self.call(["g++", *FLAGS, *(TIERS.get(source, []) if X86 else []), "-I.", "-MMD", "-x", "c++", "-c", source, "-o", made])
 
     def call(self, command):
         done = subprocess.run(command, cwd=self.tree, capture_output=True, text=True)
@@ -342,16 +338,15 @@ class Build:
             raise BuildFailed(done.stderr.strip()[:2000])
 
     def objects(self, sources, changed=None):
-        """Objects of the sources; where the changed file plays a part, of what stands in work/fault instead."""
+        """Objects of the sources; those that the changed file plays a part in are made in work/fault."""
         os.makedirs(os.path.join(self.work, "obj"), exist_ok=True)
         stale = [s for s in sources if not self.up_to_date(s)]
         list(self.pool.map(lambda s: self.compile(s, self.object(s)), stale))
         if changed is None:
             return [self.object(s) for s in sources]
         touched = [s for s in sources if changed in self.dependencies(s)]
-        folder = os.path.join(self.work, "fault")
         missing = [s for s in touched if not os.path.exists(self.object(s, "fault"))]
-        list(self.pool.map(lambda s: self.compile(s, self.object(s, "fault"), folder), missing))
+        list(self.pool.map(lambda s: self.compile(s, self.object(s, "fault")), missing))
         return [self.object(s, "fault" if s in touched else "obj") for s in sources]
 
     def link(self, objects, name):
@@ -394,22 +389,32 @@ class Build:
                 results[last] = line[4:]
         return results
 
-    def plant(self, fault):
-        """Writes the changed file into work/fault. Says what is wrong, or None."""
-        folder = os.path.join(self.work, "fault")
-        shutil.rmtree(folder, ignore_errors=True)
+    @contextlib.contextmanager
+    def planted(self, fault):
+        """The fault stands in the copy, under the old time of its file, while this is open. Gives what is wrong, or None."""
+        shutil.rmtree(os.path.join(self.work, "fault"), ignore_errors=True)
+        os.makedirs(os.path.join(self.work, "fault"))
         path = os.path.join(self.tree, fault.file)
         if not os.path.exists(path):
-            return "no such file"
-        with open(path, encoding="utf-8") as f:
-            parts = f.read().split(fault.old)
-        k, n = fault.which
+            yield "no such file"
+            return
+        with open(path, encoding="utf-8", newline="") as f:
+            text = f.read()
+        parts, (k, n), times = text.split(fault.old), fault.which, os.stat(path)
         if len(parts) != n + 1:
-            return "the text stands there %d times, not %d" % (len(parts) - 1, n)
-        os.makedirs(os.path.dirname(os.path.join(folder, fault.file)), exist_ok=True)
-        with open(os.path.join(folder, fault.file), "w", encoding="utf-8") as f:
-            f.write(fault.old.join(parts[:k]) + fault.new + fault.old.join(parts[k:]))
-        return None
+            yield "the text stands there %d times, not %d" % (len(parts) - 1, n)
+            return
+        try:
+            self.write(path, fault.old.join(parts[:k]) + fault.new + fault.old.join(parts[k:]), times)
+            yield None
+        finally:
+            self.write(path, text, times)
+
+    @staticmethod
+    def write(path, text, times):
+        with open(path, "w", encoding="utf-8", newline="") as f:
+            f.write(text)
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
 def by_group(fault):
@@ -440,17 +445,17 @@ def check_unchanged(build, faults, known):
 def try_fault(build, fault, known):
     """Names of the tests that caught it, and what is to be said when there is none. Only a test that passes without the
     fault can catch it."""
-    problem = build.plant(fault)
-    if problem:
-        return [], problem
     caught = []
-    for group, parts in by_group(fault).items():
-        try:
-            results = build.run(group, parts, fault.file)
-        except BuildFailed as e:
-            return [], "does not compile: " + str(e)
-        caught += [name for name, result in results.items()
-                   if result in ("failed", "crashed") and known.get(name) == "passed"]
+    with build.planted(fault) as problem:
+        if problem:
+            return [], problem
+        for group, parts in by_group(fault).items():
+            try:
+                results = build.run(group, parts, fault.file)
+            except BuildFailed as e:
+                return [], "does not compile: " + str(e)
+            caught += [name for name, result in results.items()
+                       if result in ("failed", "crashed") and known.get(name) == "passed"]
     return caught, "" if caught else "no test failed of: " + fault.tests
 
 

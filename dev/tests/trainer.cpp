@@ -372,9 +372,9 @@ static void divergence_is_an_exit_code() {
     std::vector<float> huge(192, 1e30f);
     Error e = dir_create(from);
     const std::string name = "base_model.model.model.layers.0.self_attn.q_proj.lora_";
-    e = e ? e
-          : safetensors_write(from + "/adapter_model.safetensors", {{name + "A.weight", "F32", {1, 192}, huge.data()},
-                                                                    {name + "B.weight", "F32", {192, 1}, huge.data()}});
+    std::vector<TensorOut> one = {{name + "A.weight", "F32", {1, 192}, huge.data()},
+                                  {name + "B.weight", "F32", {192, 1}, huge.data()}};
+    e = e ? e : safetensors_write(from + "/adapter_model.safetensors", one);
     CHECK(!e, "%s", e.what.c_str());
     write_text(from + "/adapter_config.json",
                R"({"peft_type":"LORA","r":1,"lora_alpha":1,"layers_to_transform":null,"target_modules":["q_proj"]})");
@@ -440,7 +440,8 @@ static void memory_of_a_1b_load() {
     }
     Error e = safetensors_write(model + "/model.safetensors", tensors);
     std::vector<int32_t> token = {5};
-    e = e ? e : safetensors_write(root + "/tokens.safetensors", {{"tokens", "I32", {1}, token.data()}});
+    std::vector<TensorOut> tokens = {{"tokens", "I32", {1}, token.data()}};
+    e = e ? e : safetensors_write(root + "/tokens.safetensors", tokens);
     CHECK(!e, "%s", e.what.c_str());
     block = std::vector<bf16>();
     std::string out;
