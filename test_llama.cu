@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "dev/tests/test.h"
+#include "kernels/cpu/parallel.h"
 
 extern const Test json_tests[], files_tests[], safetensors_tests[], bnb_tests[], config_tests[];
 extern const Test options_tests[], run_tests[];
@@ -56,6 +57,7 @@ static bool wanted(const std::string& name, const std::vector<std::string>& part
 }
 
 int main(int argc, char** argv) {
+    wait_passively(argv);
     std::vector<std::string> parts;
     bool quick = false, list = false;
     for (int i = 1; i < argc; i++) {

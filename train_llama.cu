@@ -6,6 +6,7 @@
 //   loss = sum of cross-entropy over the step's targets / their number;  clip;  AdamW on A and B
 #include <new>
 
+#include "kernels/cpu/parallel.h"
 #include "kernels/cpu/peak.h"
 #include "train_checkpoint.h"
 
@@ -875,6 +876,7 @@ static Error program(Run& run, int argc, char** argv) {
 }
 
 int main(int argc, char** argv) {
+    wait_passively(argv);
     signal(SIGPIPE, SIG_IGN);  // a reader of our output that goes away must not end the training
     Run run;
     Error e;

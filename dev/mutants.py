@@ -5,12 +5,12 @@
 
 A fault is a piece of text of one source file and what replaces it. The tree itself is never touched: faults are planted
 in a copy. What depends on the changed file (g++ -MMD says it) is compiled again and linked with the other objects and
-with the test groups that the fault names. A fault is caught when one of those tests fails, by a check or by a crash; the
-same tests must pass without it, and a fault that does not compile counts as missed.
+with the test groups that the fault names. A fault is caught when one of those tests fails, by a check or by a crash;
+the same tests must pass without it. A fault that does not compile counts as missed.
 
-Writes the table of faults and tests to --output (all faults, so not with --only). The last line is `N passed, N failed`:
-faults caught; faults missed, and tests that fail without any fault. Exit status 1 when anything failed.
-With --work the objects are kept for the next run. Needs g++ and what the program needs; x86-64 or any other processor.
+Writes the table of faults and tests to --output (all faults, so not with --only). The last line is
+`N passed, N failed`: faults caught; faults missed, and tests that fail without any fault. Exit status 1 when anything
+failed. With --work the objects are kept for the next run. Needs g++ and what the program needs.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import concurrent.futures
 import contextlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -37,8 +38,8 @@ SOURCES = (".cpp", ".cu", ".h", ".cuh", ".inc")
 LEFT_OUT = {".git", "build", "runs", "__pycache__", "train_llama", "test_llama"}  # of the copy
 TEST_SECONDS = 600
 
-# tests: names of tests to run, by group and a part of the name ("pack/" is the whole group). which = (k, n): the k-th of n
-# places where the text stands; without it the text stands there once.
+# old: a space in it stands for any white space. tests: what is run, by group and a part of the name ("pack/" is the whole
+# group). which = (k, n): the k-th of n places where the text stands; without it the text stands there once.
 Fault = collections.namedtuple("Fault", "name file old new tests which", defaults=[(1, 1)])
 
 FAULTS = [
@@ -47,15 +48,16 @@ FAULTS = [
           "elementwise/rope model/dump_gqa"),
     Fault("RoPE pairs neighbours instead of halves", "kernels/cpu/elementwise.h",
           "row_kernels(dev).rotate(head, head + half, rope.cos + at, rope.sin + at, half, inverse);",
-          "for (size_t i = 0; i < half; i++) { row_kernels(dev).rotate(head + 2 * i, head + 2 * i + 1, rope.cos + at + i, "
-          "rope.sin + at + i, 1, inverse); }", "elementwise/rope model/dump_gqa"),
+          "for (size_t i = 0; i < half; i++) { row_kernels(dev).rotate(head + 2 * i, head + 2 * i + 1, rope.cos "
+          "+ at + i, rope.sin + at + i, 1, inverse); }", "elementwise/rope model/dump_gqa"),
     Fault("RoPE's gradient is not turned back", "kernels/cpu/elementwise.h", "rope, N, true);", "rope, N, false);",
           "elementwise/rope linear/linear_rope"),
     Fault("RoPE turns the values as well", "llama.h", "a.positions, c.NH + c.NKV, c.HS}",
           "a.positions, c.NH + 2 * c.NKV, c.HS}", "model/dump_gqa"),
-    Fault("RMSNorm without eps", "kernels/cpu/elementwise.h", "std::sqrt(mean + eps)", "std::sqrt(mean)", "elementwise/rms"),
-    Fault("RMSNorm's backward without the term through the mean", "kernels/cpu/leaf_rows.inc", "v_set1(rstd * rstd * mean)",
-          "v_zero()", "elementwise/rms"),
+    Fault("RMSNorm without eps", "kernels/cpu/elementwise.h", "std::sqrt(mean + eps)", "std::sqrt(mean)",
+          "elementwise/rms"),
+    Fault("RMSNorm's backward without the term through the mean", "kernels/cpu/leaf_rows.inc",
+          "v_set1(rstd * rstd * mean)", "v_zero()", "elementwise/rms"),
     Fault("second RMSNorm uses the first one's weight", "llama.h", "y.rstd2, m.w.layers[l].norm2), group, p.N",
           "y.rstd2, m.w.layers[l].norm1), group, p.N", "model/dump_gqa"),
     Fault("derivative of SwiGLU: sigmoid in place of x sigmoid", "kernels/cpu/leaf_rows.inc",
@@ -69,7 +71,8 @@ FAULTS = [
     # ---- attention
     Fault("attention scaled by HS instead of its root", "kernels/cpu/attention.h",
           "queries, X(1 / std::sqrt(double(s.HS))));", "queries, X(1 / double(s.HS)));", "attention/"),
-    Fault("dQ without the scale", "kernels/cpu/attention.h", "w.dQ, queries, scale);", "w.dQ, queries, X(1));", "attention/"),
+    Fault("dQ without the scale", "kernels/cpu/attention.h", "w.dQ, queries, scale);", "w.dQ, queries, X(1));",
+          "attention/"),
     Fault("causal mask lets a query see the next key", "kernels/cpu/attention.h", "query0 + c < key0 + k;",
           "query0 + c + 1 < key0 + k;", "attention/"),
     Fault("causal mask hides a query's own key", "kernels/cpu/attention.h", "query0 + c < key0 + k;",
@@ -81,18 +84,19 @@ FAULTS = [
           "size_t(t.kv) + g * size_t(s.NKV);", "attention/"),
     Fault("attention reaches across documents", "llama.h",
           "device_to(m.dev, a.cu_seqlens, b.cu_seqlens.data(), b.cu_seqlens.size() * sizeof(int32_t));",
-          "const int32_t all[2] = {0, int32_t(p.N)}; p.documents = 1; device_to(m.dev, a.cu_seqlens, all, sizeof(all));",
-          "model/packed_equals_separate"),
+          "const int32_t all[2] = {0, int32_t(p.N)}; p.documents = 1; device_to(m.dev, a.cu_seqlens, all, "
+          "sizeof(all));", "model/packed_equals_separate"),
     Fault("attention's log-sum-exp without the maximum", "kernels/cpu/attention.h", "w.max[c] + std::log(w.sum[c])",
           "std::log(w.sum[c])", "attention/"),
     Fault("running sum of the softmax not shrunk to the new maximum", "kernels/cpu/leaf_rows.inc",
           "v_fma(v_load(sum + c), f, v_add(", "v_add(v_load(sum + c), v_add(", "attention/ elementwise/rows_softmax"),
-    Fault("D of the softmax's gradient left out", "kernels/cpu/leaf_rows.inc", "v_mul(p, v_sub(v_load(ds + r * n + c), d))",
-          "v_mul(p, v_load(ds + r * n + c))", "attention/"),
+    Fault("D of the softmax's gradient left out", "kernels/cpu/leaf_rows.inc",
+          "v_mul(p, v_sub(v_load(ds + r * n + c), d))", "v_mul(p, v_load(ds + r * n + c))", "attention/"),
 
     # ---- loss
     Fault("cross-entropy's exp without the maximum", "kernels/cpu/classifier.h",
-          "max + std::log(kernels.exp_sum(logits, max, V))", "std::log(kernels.exp_sum(logits, Real(0), V))", "classifier/"),
+          "max + std::log(kernels.exp_sum(logits, max, V))", "std::log(kernels.exp_sum(logits, Real(0), V))",
+          "classifier/"),
     Fault("gradient of the loss: 1 taken from the label's, whatever the scale", "kernels/cpu/classifier.h",
           "logits[label] -= scale;", "logits[label] -= 1;", "classifier/"),
     Fault("a tie of logits counts for the later id", "kernels/cpu/classifier.h", "best = logits[v] < max;",
@@ -104,15 +108,17 @@ FAULTS = [
     Fault("the head reads the embedding though it is not tied", "llama_io.h", "if (m.c.tied) {\n            m.w.head",
           "if (true) {\n            m.w.head", "model/dump_gqa"),
     Fault("a stored head is used though it is tied", "llama_io.h", "m.w.head = m.w.embed;",
-          "m.w.head = m.w.embed; if (safetensors_find(r.st, \"lm_head.weight\")) { LoadWeights<Dev> more{m, r, options, {}}; "
-          "more.matrix(\"lm_head.weight\", m.w.head, m.c.V, m.c.C, false); }", "load/ model/dump_tied", (1, 2)),
+          "m.w.head = m.w.embed; if (safetensors_find(r.st, \"lm_head.weight\")) { LoadWeights<Dev> more{m, r, "
+          "options, {}}; more.matrix(\"lm_head.weight\", m.w.head, m.c.V, m.c.C, false); }", "load/ model/dump_tied",
+          (1, 2)),
 
     # ---- LoRA and dropout
     Fault("LoRA's scale is alpha r", "llama.h", ": alpha / r;", ": alpha * r;", "model/dump_gqa"),
     Fault("rsLoRA's scale is that of LoRA", "llama.h", "alpha / std::sqrt(double(r))", "alpha / r",
           "model/dump_linear_rslora"),
-    Fault("scale left out of the forward pass", "kernels/cpu/linear.h", "operand_plain<X>(xa + rank, size_t(g.R), part.scale)",
-          "operand_plain<X>(xa + rank, size_t(g.R))", "linear/linear_double linear/linear_finite"),
+    Fault("scale left out of the forward pass", "kernels/cpu/linear.h",
+          "operand_plain<X>(xa + rank, size_t(g.R), part.scale)", "operand_plain<X>(xa + rank, size_t(g.R))",
+          "linear/linear_double linear/linear_finite"),
     Fault("scale left out of dB", "kernels/cpu/linear.h", "+= part.scale * s.right[", "+= s.right[",
           "linear/linear_double linear/linear_finite"),
     Fault("dB transposed", "kernels/cpu/linear.h", "part.dB[o * r + i]", "part.dB[i * OC + o]",
@@ -139,7 +145,8 @@ FAULTS = [
           "1 - std::pow(a.beta1, double(a.step + 1))", "adamw/"),
     Fault("weight decay after the update", "kernels/cpu/leaf_rows.inc", "v_set1(a->step_size), mean)",
           "v_set1(a->step_size * a->keep), mean)", "adamw/"),
-    Fault("clip coefficient ignored by AdamW", "kernels/cpu/leaf_rows.inc", "v_set1(a->grad_scale)", "v_set1(1)", "adamw/"),
+    Fault("clip coefficient ignored by AdamW", "kernels/cpu/leaf_rows.inc", "v_set1(a->grad_scale)", "v_set1(1)",
+          "adamw/"),
     Fault("clipping without the limit of 1", "train_step.h", "std::min(1.0, rates.clip / (r.grad_norm + 1e-6))",
           "rates.clip / (r.grad_norm + 1e-6)", "model/ trainer/what_a_run"),
     Fault("no clipping", "train_step.h", "std::min(1.0, rates.clip / (r.grad_norm + 1e-6))", "1.0",
@@ -147,13 +154,13 @@ FAULTS = [
     Fault("warm-up starts at 0", "train_run.h", "run.lr * (s + 1) / W", "run.lr * s / W", "trainer/what_a_run"),
     Fault("decay reaches its end one step early", "train_run.h", "(s - W) / (T - W)", "(s + 1 - W) / (T - W)",
           "trainer/what_a_run"),
-    Fault("every epoch has the same order", "train_run.h", "STREAM_ORDER, uint64_t(epoch))", "STREAM_ORDER, uint64_t(0))",
-          "trainer/what_a_run trainer/same_run"),
+    Fault("every epoch has the same order", "train_run.h", "STREAM_ORDER, uint64_t(epoch))",
+          "STREAM_ORDER, uint64_t(0))", "trainer/what_a_run trainer/same_run"),
     Fault("dropout seed not that of the run", "train_llama.cu", "m.dropout_seed = run.o.seed;",
           "m.dropout_seed = uint64_t(getpid());", "trainer/same_run"),
     Fault("Philox with seven rounds", "kernels/random.h", "round < 10", "round < 7", "random/"),
-    Fault("permutations never move the first place's neighbour", "kernels/random.h", "uint64_t(i) + 1))", "uint64_t(i)))",
-          "random/"),
+    Fault("permutations never move the first place's neighbour", "kernels/random.h", "uint64_t(i) + 1))",
+          "uint64_t(i)))", "random/"),
 
     # ---- recomputation
     Fault("gate and up made again from the layer below", "llama.h", "layer_gate_up(m, p, l);",
@@ -164,11 +171,11 @@ FAULTS = [
     # ---- NF4 and dtypes
     Fault("NF4: nibbles exchanged when written", "kernels/cpu/nf4.cpp", "code[2 * i] << 4 | code[2 * i + 1]",
           "code[2 * i + 1] << 4 | code[2 * i]", "nf4/"),
-    Fault("NF4: nibbles exchanged when read", "kernels/cpu/leaf_gemm.inc", "? pair >> 4 : pair & 15", "? pair & 15 : pair >> 4",
-          "nf4/"),
+    Fault("NF4: nibbles exchanged when read", "kernels/cpu/leaf_gemm.inc", "? pair >> 4 : pair & 15",
+          "? pair & 15 : pair >> 4", "nf4/"),
     Fault("NF4: a weight on a threshold goes up", "kernels/cpu/nf4.cpp", "x[i] > t;", "x[i] >= t;", "nf4/"),
-    Fault("double quantisation without the offset", "kernels/cpu/nf4.h", "return product + m.offset;", "return product;",
-          "nf4/ model/bnb_weights"),
+    Fault("double quantisation without the offset", "kernels/cpu/nf4.h", "return product + m.offset;",
+          "return product;", "nf4/ model/bnb_weights"),
     Fault("absmax of the wrong block of blocks", "kernels/cpu/nf4.h", "m.absmax2[block / 256]", "m.absmax2[0]",
           "nf4/ model/bnb_weights"),
     Fault("double quantisation takes the entry below, not the nearest", "kernels/cpu/nf4.cpp",
@@ -177,19 +184,23 @@ FAULTS = [
           "float(0.1 + 0.9 * i / (n - 1))", "nf4/ bnb/"),
     Fault("bf16 by truncation", "kernels/bf16.h", "(u + 0x7fff + ((u >> 16) & 1)) >> 16", "u >> 16",
           "nf4/ linear/ elementwise/ load/"),
-    Fault("bf16 ties away from even", "kernels/bf16.h", "0x7fff + ((u >> 16) & 1)", "0x8000", "nf4/ linear/ elementwise/ load/"),
-    Fault("subnormal halves read as zero", "kernels/bf16.h", "float(mantissa) * 0x1p-24f", "0.0f", "load/ linear/ elementwise/"),
-    Fault("quantisation tables of a checkpoint not compared", "llama_bnb.cpp", "ulps(table[i], need[i]) > 2", "false", "bnb/"),
+    Fault("bf16 ties away from even", "kernels/bf16.h", "0x7fff + ((u >> 16) & 1)", "0x8000",
+          "nf4/ linear/ elementwise/ load/"),
+    Fault("subnormal halves read as zero", "kernels/bf16.h", "float(mantissa) * 0x1p-24f", "0.0f",
+          "load/ linear/ elementwise/"),
+    Fault("quantisation tables of a checkpoint not compared", "llama_bnb.cpp", "ulps(table[i], need[i]) > 2", "false",
+          "bnb/"),
 
     # ---- from text to passes
-    Fault("labels not shifted", "tokenizer/pack.cpp", "label ? data.ids[first + k + 1]", "label ? data.ids[first + k]", "pack/"),
+    Fault("labels not shifted", "tokenizer/pack.cpp", "label ? data.ids[first + k + 1]", "label ? data.ids[first + k]",
+          "pack/"),
     Fault("a document's first token is a label", "tokenizer/pack.cpp", "bool label = k + 1 < n && data",
           "bool label = first + k + 1 < data.ids.size() && data", "pack/"),
     Fault("positions go on across documents", "tokenizer/pack.cpp", "b.positions.push_back(int32_t(k));",
           "b.positions.push_back(int32_t(b.positions.size()));", "pack/"),
     Fault("passes filled first fit, not best fit", "tokenizer/pack.cpp", "room.lower_bound({n, 0})",
-          "std::find_if(room.begin(), room.end(), [&](const auto& x) { return x.first >= n && x.second + 1 == passes.size(); })",
-          "pack/"),
+          "std::find_if(room.begin(), room.end(), [&](const auto& x) { return x.first >= n && x.second + 1 == "
+          "passes.size(); })", "pack/"),
     Fault("ignore_merges off", "tokenizer/bpe.cpp", "= ignore_merges || (", "= (", "tokenizer/"),
     Fault("merges taken from the right", "tokenizer/bpe.cpp", "if (rank[i] < best_rank)", "if (rank[i] <= best_rank)",
           "tokenizer/"),
@@ -207,38 +218,39 @@ FAULTS = [
     Fault("template's date is another", "tokenizer/dataset.h", "26 Jul 2024", "25 Jul 2024", "chat/"),
     Fault("turns not stripped", "tokenizer/chat.cpp", "append_text(ids, t, python_strip(turn.text), parse_special);",
           "append_text(ids, t, turn.text, parse_special);", "chat/"),
-    Fault("no EOS after a plain record", "tokenizer/dataset.cpp", "if (t.eos >= 0 && ids.size() > bos", "if (false && bos",
-          "records/"),
-    Fault("the prompt of a plain record is a target", "tokenizer/dataset.cpp", "std::max<size_t>(learnt, 1)", "size_t(1)",
-          "records/"),
+    Fault("no EOS after a plain record", "tokenizer/dataset.cpp", "if (t.eos >= 0 && ids.size() > bos",
+          "if (false && bos", "records/"),
+    Fault("the prompt of a plain record is a target", "tokenizer/dataset.cpp", "std::max<size_t>(learnt, 1)",
+          "size_t(1)", "records/"),
     Fault("labels of token records taken as already shifted", "tokenizer/records.cpp", "label.integer == r.ids[i];",
           "i + 1 < n && label.integer == r.ids[i + 1];", "records/records_tokens"),
 
     # ---- files
     Fault("gaps between tensors let through", "io/safetensors.cpp", "if (t.offset != end)", "if (t.offset < end)",
           "safetensors/"),
-    Fault("shard names may leave the directory", "io/safetensors.cpp", "if (!legal_shard_name(shard.string))", "if (false)",
-          "safetensors/"),
+    Fault("shard names may leave the directory", "io/safetensors.cpp", "if (!legal_shard_name(shard.string))",
+          "if (false)", "safetensors/"),
     Fault("duplicate keys of JSON let through", "io/json.cpp", "if (twice) {", "if (false) {", "json/"),
-    Fault("JSON nests without limit", "io/json.cpp", "if (open.size() >= size_t(text.limits->depth))", "if (false)", "json/"),
-    Fault("surrogate halves pass as UTF-8 text", "io/json.cpp", "int unit = escape_unit(text + i, n - i);", "int unit = 0;",
+    Fault("JSON nests without limit", "io/json.cpp", "if (open.size() >= size_t(text.limits->depth))", "if (false)",
           "json/"),
-    Fault("unexpected tensors of a checkpoint ignored", "llama_io.h",
-          "if (r.wanted.count(t.name) == 0 && !ignored", "if (false && !ignored", "load/"),
+    Fault("surrogate halves pass as UTF-8 text", "io/json.cpp", "int unit = escape_unit(text + i, n - i);",
+          "int unit = 0;", "json/"),
+    Fault("unexpected tensors of a checkpoint ignored", "llama_io.h", "if (r.wanted.count(t.name) == 0 && !ignored",
+          "if (false && !ignored", "load/"),
     Fault("non-finite weights let through", "kernels/widen.h", "finite &= std::isfinite(out[i]);", "", "load/"),
-    Fault("adapters of another kind accepted", "llama_adapter.cpp", "!is_harmless(j.keys[i]) && !is_unset(j.items[i])", "false",
-          "load/"),
+    Fault("adapters of another kind accepted", "llama_adapter.cpp", "!is_harmless(j.keys[i]) && !is_unset(j.items[i])",
+          "false", "load/"),
     Fault("a manifest's own hash unchecked", "io/run.cpp", " || hash->string != found)", ")", "run/"),
     Fault("hashes of a checkpoint's files unchecked", "io/run.cpp", "if (hex != sha256->string)", "if (false)", "run/"),
     Fault("one checkpoint too few kept", "io/run.cpp", "++whole <= keep)", "++whole < keep)", "run/"),
     Fault("log not cut back on resume", "io/run.cpp", "if (keep < log.file.written) {", "if (false) {", "run/"),
-    Fault("a locked directory is taken all the same", "io/run.cpp", "if (flock(fd, LOCK_EX | LOCK_NB) != 0)", "if (false)",
-          "run/"),
-    Fault("resume without the second moments", "train_checkpoint.h", "m.adapter.m : m.adapter.v", "m.adapter.m : m.adapter.m",
-          "trainer/killed_and_resumed"),
+    Fault("a locked directory is taken all the same", "io/run.cpp", "if (flock(fd, LOCK_EX | LOCK_NB) != 0)",
+          "if (false)", "run/"),
+    Fault("resume without the second moments", "train_checkpoint.h", "m.adapter.m : m.adapter.v",
+          "m.adapter.m : m.adapter.m", "trainer/killed_and_resumed"),
     Fault("resume with changed data", "train_checkpoint.h", "if (was != is)", "if (false)", "trainer/resume_refuses"),
-    Fault("resume with another rate", "io/options.cpp", "if (!resume || (s.flags & (FREE | NOT_SAVED))", "if (true || (s.flags",
-          "options/"),
+    Fault("resume with another rate", "io/options.cpp", "if (!resume || (s.flags & (FREE | NOT_SAVED))",
+          "if (true || (s.flags", "options/"),
     Fault("a non-finite gradient goes into the update", "train_step.h",
           "if (!std::isfinite(r.loss) || !std::isfinite(r.grad_norm))", "if (false)", "model/non_finite"),
 ]
@@ -330,7 +342,8 @@ class Build:
         return all(os.path.exists(f) and os.path.getmtime(f) <= os.path.getmtime(made) for f in files)
 
     def compile(self, source, made):
-        self.call(["g++", *FLAGS, *(TIERS.get(source, []) if X86 else []), "-I.", "-MMD", "-x", "c++", "-c", source, "-o", made])
+        tier = TIERS.get(source, []) if X86 else []
+        self.call(["g++", *FLAGS, *tier, "-I.", "-MMD", "-x", "c++", "-c", source, "-o", made])
 
     def call(self, command):
         done = subprocess.run(command, cwd=self.tree, capture_output=True, text=True)
@@ -372,7 +385,7 @@ class Build:
         return program
 
     def run(self, group, parts, changed=None):
-        """Runs the group's tests that have one of the parts in their names: {name: passed, skipped, failed, crashed}."""
+        """Runs the group's tests with one of the parts in their names. {name: passed, skipped, failed or crashed}"""
         program = self.program(group, changed)
         os.environ["TRAIN_LLAMA_ROOT"] = self.tree
         results, last = {}, None
@@ -391,7 +404,7 @@ class Build:
 
     @contextlib.contextmanager
     def planted(self, fault):
-        """The fault stands in the copy, under the old time of its file, while this is open. Gives what is wrong, or None."""
+        """While this is open the fault stands in the copy, its file's time unchanged. Gives what is wrong, or None."""
         shutil.rmtree(os.path.join(self.work, "fault"), ignore_errors=True)
         os.makedirs(os.path.join(self.work, "fault"))
         path = os.path.join(self.tree, fault.file)
@@ -400,12 +413,14 @@ class Build:
             return
         with open(path, encoding="utf-8", newline="") as f:
             text = f.read()
-        parts, (k, n), times = text.split(fault.old), fault.which, os.stat(path)
-        if len(parts) != n + 1:
-            yield "the text stands there %d times, not %d" % (len(parts) - 1, n)
+        pattern = r"\s+".join(re.escape(word) for word in re.split(r"\s+", fault.old))
+        places, (k, n), times = [m.span() for m in re.finditer(pattern, text)], fault.which, os.stat(path)
+        if len(places) != n:
+            yield "the text stands there %d times, not %d" % (len(places), n)
             return
+        begin, end = places[k - 1]
         try:
-            self.write(path, fault.old.join(parts[:k]) + fault.new + fault.old.join(parts[k:]), times)
+            self.write(path, text[:begin] + fault.new + text[end:], times)
             yield None
         finally:
             self.write(path, text, times)
@@ -463,8 +478,8 @@ def write_table(path, rows):
     caught = sum(1 for _, tests in rows if tests)
     with open(path, "w", encoding="utf-8") as f:
         f.write("# Planted faults\n\n"
-                "Each row is a fault that `dev/mutants.py` plants in the program, alone, and the tests of `test_llama` that "
-                "fail with it and\npass without it (the first three, of those that the script runs for this fault). "
+                "Each row is a fault that `dev/mutants.py` plants in the program, alone, and the tests of `test_llama`\n"
+                "that fail with it and pass without it: the first three, of those that the script runs for it.\n"
                 "%d of %d faults are caught.\n\n" % (caught, len(rows)))
         f.write("| fault | file | caught by |\n|---|---|---|\n")
         for fault, tests in rows:
@@ -475,7 +490,7 @@ def write_table(path, rows):
 
 def main():
     parser = argparse.ArgumentParser(description="Plants faults in the program and checks that the tests notice each.")
-    parser.add_argument("--only", default="", metavar="SUBSTRING", help="faults whose name, file or tests have this in them")
+    parser.add_argument("--only", default="", metavar="SUBSTRING", help="faults with this in name, file or tests")
     parser.add_argument("--list", action="store_true", help="show the faults and stop")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="compilers at a time")
     parser.add_argument("--work", metavar="DIR", help="keep copy and objects there (default: a temporary directory)")

@@ -5,6 +5,12 @@
 #include <atomic>
 #include <cstddef>
 
+// OpenMP's idle threads spin for milliseconds by default. On a machine that does other work as well they take the processor
+// from the thread they wait for, and a step becomes several times slower (dev/log.md). The runtime reads its setting before
+// main, so the program starts itself once more with OMP_WAIT_POLICY=passive, unless the user has set a policy. Returns when
+// nothing is to be done, or when starting again fails.
+void wait_passively(char** argv);
+
 // fn(worker) for worker = 0 .. threads - 1.
 template <class Fn>
 void parallel(int threads, const Fn& fn) {
