@@ -16,7 +16,7 @@ extern const Test options_tests[], run_tests[];
 extern const Test tokenizer_tests[], tokenizer_files_tests[], records_tests[], chat_tests[], pack_tests[];
 extern const Test random_tests[], elementwise_tests[], attention_tests[], adamw_tests[];
 extern const Test linear_tests[], nf4_tests[], classifier_tests[];
-extern const Test model_tests[], load_tests[], trainer_tests[];
+extern const Test convert_tests[], model_tests[], schedule_tests[], load_tests[], trainer_tests[], bad_inputs_tests[];
 
 static const struct {
     const char* name;
@@ -42,9 +42,12 @@ static const struct {
     {"linear", linear_tests, false},
     {"nf4", nf4_tests, false},
     {"classifier", classifier_tests, false},
+    {"convert", convert_tests, false},
     {"model", model_tests, false},
+    {"schedule", schedule_tests, false},
     {"load", load_tests, false},
     {"trainer", trainer_tests, true},
+    {"bad_inputs", bad_inputs_tests, true},
 };
 
 static bool wanted(const std::string& name, const std::vector<std::string>& parts) {

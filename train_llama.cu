@@ -17,6 +17,9 @@ extern "C" void on_signal(int number) {
         _exit(128 + number);  // the second one: at once; the checkpoint before is intact
     }
     stop_signal = number;
+    const char text[] = "\n# stopping after this step, and saving; once more to stop at once, unsaved\n";
+    ssize_t ignored = write(STDERR_FILENO, text, sizeof(text) - 1);  // nothing else is safe in a handler
+    (void)ignored;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -211,10 +214,10 @@ Error save_or_stop(Run& run, Llama<Dev>& m) {
     if (!saved) {
         return runtime_failure("stopped by a signal after step %lld, and that step could not be saved",
                                (long long)run.step)
-            .hinted("an earlier checkpoint may be there: train_llama --resume -o " + run.dir);
+            .hinted("an earlier checkpoint may be there: " + run.program + " --resume -o " + run.dir);
     }
     return Error{128 + stop_signal, "stopped by a signal after step " + std::to_string(run.step),
-                 "go on with: train_llama --resume -o " + run.dir};
+                 "go on with: " + run.program + " --resume -o " + run.dir};
 }
 
 // Steps until the end or a signal. The result's code is 0, 1, 3 (diverged) or 128 + signal.
@@ -242,6 +245,11 @@ Error train_loop(Run& run, Llama<Dev>& m) {
             console_warn(run.console,
                          "the first loss %.2f is worse than guessing (ln V = %.2f): tokenizer and model may not match",
                          r.loss, std::log(double(run.c.V)));
+        }
+        if (r.grad_norm == 0) {
+            console_warn(run.console,
+                         "step %lld: the gradient is zero, nothing more is learnt; --lr may be far too high",
+                         (long long)run.step);
         }
         run.first_loss = s == 0 ? r.loss : run.first_loss;
         run.last_loss = r.loss;
@@ -271,11 +279,14 @@ static void closing_table(Run& run, const std::string& hash, double seconds) {
     rows.push_back(
         {"training loss (first, last step)", text_format("%.4f", run.first_loss), text_format("%.4f", run.last_loss)});
     console_table(run.console, rows);
+    if (run.evaluations.size() > 1 && run.evaluations.back().loss > run.evaluations.front().loss) {
+        console_warn(run.console, "validation loss is higher than before training: lower --lr, or train on more data");
+    }
     console_fact(run.console, "%lld steps in %s, peak memory %s", (long long)run.steps, text_duration(seconds).c_str(),
                  text_bytes(double(peak_memory())).c_str());
     console_fact(run.console, "adapter %s/adapter_model.safetensors (sha256 %.16s)", run.dir.c_str(), hash.c_str());
     console_fact(run.console, "load it with PEFT:  PeftModel.from_pretrained(base, \"%s\")", run.dir.c_str());
-    console_fact(run.console, "repeat the run:     ./train_llama --config %s/run.json", run.dir.c_str());
+    console_fact(run.console, "repeat the run:     %s --config %s/run.json", run.program.c_str(), run.dir.c_str());
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -284,6 +295,10 @@ static void closing_table(Run& run, const std::string& hash, double seconds) {
 static Error model_open(Run& run) {
     if (is_shape(run.o)) {
         run.model_dir = run.o.model;
+        if (!run.o.inputs.empty() || !run.o.dump_data.empty()) {
+            return bad_input("-m %s takes no data: its weights are random", run.o.model.c_str())
+                .hinted("leave out -i and --dump-data, or give a model directory");
+        }
         return llama_config_shape(run.c, run.o.model.substr(6));
     }
     run.model_dir = run.o.model.empty() ? default_model(run) : run.o.model;
@@ -293,12 +308,9 @@ static Error model_open(Run& run) {
     for (const std::string& w : run.c.warnings) {
         console_warn(run.console, "%s", w.c_str());
     }
-    run.base_name = run.o.model.empty() ? "dev/tiny_llama" : run.o.model;
-    Json config;  // a resumed run writes the name that its start wrote
-    if (run.checkpoint.step >= 0 && !json_read_file(config, path_join(run.checkpoint.path, "adapter_config.json"))) {
-        const Json* name = config.find("base_model_name_or_path");
-        run.base_name = name != nullptr ? name->string : run.base_name;
-    }
+    char* real = realpath(run.model_dir.c_str(), nullptr);  // so that the adapter finds its base from any directory
+    run.base_name = real != nullptr ? real : run.model_dir;
+    free(real);
     return {};
 }
 
@@ -494,6 +506,10 @@ static bool is_complete(const Run& run) {
 template <class Dev>
 Error run_files(Run& run, Llama<Dev>& m, uint64_t keep_log, const std::string& device, double setup) {
     const double started = seconds_now();
+    console_fact(run.console, "run directory %s", run.dir.c_str());
+    console_fact(run.console, "%lld steps of up to %d examples, %lld an epoch; peak rate %.3g, warm-up %lld, %s",
+                 (long long)run.steps, run.o.batch, (long long)run.steps_per_epoch, run.lr, (long long)run.warmup,
+                 run.o.schedule.c_str());
     if (Error e = file_replace(path_join(run.dir, "run.json"), json_write(options_to_json(run.o), 2) + "\n")) {
         return e;
     }
@@ -518,7 +534,7 @@ Error run_files(Run& run, Llama<Dev>& m, uint64_t keep_log, const std::string& d
     std::string hash;
     if (Error e = adapter_write(run, m, &hash)) {
         log_event(run.log, Json::object().set("event", "end").set("reason", "error").set("steps", run.step));
-        return e.hinted("free space or mend the directory, then: train_llama --resume -o " + run.dir);
+        return e.hinted("free space or mend the directory, then: " + run.program + " --resume -o " + run.dir);
     }
     log_event(run.log, Json::object()
                            .set("event", "end")
@@ -602,18 +618,11 @@ Error train(Run& run, Dev& dev) {
     e = e ? e : model_ready(run, m, base, longest, &keep_log);
     if (!e && is_complete(run)) {
         console_fact(run.console, "already complete: the adapter is in %s", run.dir.c_str());
-        return {};
-    }
-    e = e ? e : run_directory_prepare(run.dir, run.model_dir, o.resume, o.overwrite);
-    e = e || run.lock.fd >= 0 ? e : run_lock(run.lock, run.dir);
-    e = e ? e : checkpoint_preflight(run.dir, 3 * adapter_elements(run.c, run.lora) * 4);
-    if (!e) {
-        console_fact(run.console, "run directory %s", run.dir.c_str());
-        console_fact(run.console,
-                     "%lld steps of up to %d examples, %lld an epoch; peak rate %.3g after %lld steps of warm-up, %s",
-                     (long long)run.steps, o.batch, (long long)run.steps_per_epoch, run.lr, (long long)run.warmup,
-                     o.schedule.c_str());
-        e = run_files(run, m, keep_log, device, seconds_now() - started);
+    } else if (!e) {
+        e = run_directory_prepare(run.dir, run.model_dir, o.resume, o.overwrite);
+        e = e || run.lock.fd >= 0 ? e : run_lock(run.lock, run.dir);
+        e = e ? e : checkpoint_preflight(run.dir, 3 * adapter_elements(run.c, run.lora) * 4);
+        e = e ? e : run_files(run, m, keep_log, device, seconds_now() - started);
     }
     log_close(run.log);
     llama_free(m);
@@ -845,6 +854,7 @@ static Error program(Run& run, int argc, char** argv) {
         return e;
     }
     console_open(run.console, run.o.quiet);
+    run.program = argv[0];
     char exe[4096];
     ssize_t n = readlink("/proc/self/exe", exe, sizeof(exe) - 1);
     run.exe_dir = path_directory(n > 0 ? std::string(exe, size_t(n)) : std::string(argv[0]));
@@ -872,7 +882,9 @@ static Error program(Run& run, int argc, char** argv) {
         return shape_plan(run, dev);
     }
     e = text_open(run);
-    return e ? e : train(run, dev);
+    e = e ? e : train(run, dev);
+    tokenizer_free(run.tokenizer);
+    return e;
 }
 
 int main(int argc, char** argv) {

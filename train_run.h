@@ -27,7 +27,7 @@ struct Evaluation {
 struct Run {
     Options o;
     Console console;
-    std::string dir, model_dir, exe_dir;
+    std::string dir, model_dir, exe_dir, program;
     LlamaConfig c;
     LoraConfig lora;
     Tokenizer tokenizer;
@@ -40,7 +40,7 @@ struct Run {
     double lr = 0;
     std::string base_hash;
     double peak_gflops = 0;  // measured on this machine, for mfu
-    std::string base_name;   // of the base in adapter_config.json: -m as given when the run was started
+    std::string base_name;   // of the base in adapter_config.json: its directory
     int threads = 1;
     std::vector<size_t> order;  // of the examples of epoch order_epoch
     int64_t order_epoch = -1;
@@ -255,6 +255,11 @@ inline Error data_read(Run& run) {
 inline void data_report(Run& run) {
     for (const std::string& line : dataset_report(run.train)) {
         console_line(run.console, "# " + line);
+    }
+    if (run.train.truncated > 0) {
+        console_warn(run.console,
+                     "%zu of %zu examples are longer than %zu tokens: cut, so they do not learn to end; -t raises it",
+                     run.train.truncated, run.train.size(), run.max_tokens);
     }
     for (const Dataset* d : {&run.train, &run.val}) {
         for (const std::string& w : d->warnings) {

@@ -38,7 +38,7 @@ SOURCES = (".cpp", ".cu", ".h", ".cuh", ".inc")
 LEFT_OUT = {".git", "build", "runs", "__pycache__", "train_llama", "test_llama"}  # of the copy
 TEST_SECONDS = 600
 
-# old: a space in it stands for any white space. tests: what is run, by group and a part of the name ("pack/" is the whole
+# old: a space in it stands for any white space. tests: what is run, by group and a part of the name ("pack/": the whole
 # group). which = (k, n): the k-th of n places where the text stands; without it the text stands there once.
 Fault = collections.namedtuple("Fault", "name file old new tests which", defaults=[(1, 1)])
 
@@ -136,7 +136,7 @@ FAULTS = [
     Fault("dropout the same in every step", "kernels/cpu/gemm.h", " + drop.step;", ";", "linear/linear_dropout"),
     Fault("dropout the same in all linears", "kernels/cpu/gemm.h", "uint32_t(drop.position[row]), module}",
           "uint32_t(drop.position[row]), 0}", "linear/linear_dropout"),
-    Fault("A starts in [0, bound)", "llama.h", "(2 * u - 1) * bound", "u * bound", "model/"),
+    Fault("A starts in [0, bound)", "llama.h", "(2 * u - 1) * bound", "u * bound", "model/adapter_start"),
 
     # ---- AdamW and the schedule
     Fault("AdamW without the second moment's bias correction", "kernels/cpu/adamw.h", "real(std::sqrt(correction2))",
@@ -148,18 +148,18 @@ FAULTS = [
     Fault("clip coefficient ignored by AdamW", "kernels/cpu/leaf_rows.inc", "v_set1(a->grad_scale)", "v_set1(1)",
           "adamw/"),
     Fault("clipping without the limit of 1", "train_step.h", "std::min(1.0, rates.clip / (r.grad_norm + 1e-6))",
-          "rates.clip / (r.grad_norm + 1e-6)", "model/ trainer/what_a_run"),
+          "rates.clip / (r.grad_norm + 1e-6)", "model/clip"),
     Fault("no clipping", "train_step.h", "std::min(1.0, rates.clip / (r.grad_norm + 1e-6))", "1.0",
-          "model/ trainer/what_a_run"),
-    Fault("warm-up starts at 0", "train_run.h", "run.lr * (s + 1) / W", "run.lr * s / W", "trainer/what_a_run"),
+          "model/clip"),
+    Fault("warm-up starts at 0", "train_run.h", "run.lr * (s + 1) / W", "run.lr * s / W", "schedule/"),
     Fault("decay reaches its end one step early", "train_run.h", "(s - W) / (T - W)", "(s + 1 - W) / (T - W)",
-          "trainer/what_a_run"),
+          "schedule/"),
     Fault("every epoch has the same order", "train_run.h", "STREAM_ORDER, uint64_t(epoch))",
-          "STREAM_ORDER, uint64_t(0))", "trainer/what_a_run trainer/same_run"),
+          "STREAM_ORDER, uint64_t(0))", "schedule/"),
     Fault("dropout seed not that of the run", "train_llama.cu", "m.dropout_seed = run.o.seed;",
           "m.dropout_seed = uint64_t(getpid());", "trainer/same_run"),
     Fault("Philox with seven rounds", "kernels/random.h", "round < 10", "round < 7", "random/"),
-    Fault("permutations never move the first place's neighbour", "kernels/random.h", "uint64_t(i) + 1))",
+    Fault("a permutation leaves nothing in its place", "kernels/random.h", "uint64_t(i) + 1))",
           "uint64_t(i)))", "random/"),
 
     # ---- recomputation
@@ -183,11 +183,11 @@ FAULTS = [
     Fault("absmax map made in double", "kernels/cpu/nf4.cpp", "std::fma(step, float(i), 0.1f)",
           "float(0.1 + 0.9 * i / (n - 1))", "nf4/ bnb/"),
     Fault("bf16 by truncation", "kernels/bf16.h", "(u + 0x7fff + ((u >> 16) & 1)) >> 16", "u >> 16",
-          "nf4/ linear/ elementwise/ load/"),
+          "nf4/ elementwise/bf16"),
     Fault("bf16 ties away from even", "kernels/bf16.h", "0x7fff + ((u >> 16) & 1)", "0x8000",
-          "nf4/ linear/ elementwise/ load/"),
+          "convert/bf16"),
     Fault("subnormal halves read as zero", "kernels/bf16.h", "float(mantissa) * 0x1p-24f", "0.0f",
-          "load/ linear/ elementwise/"),
+          "linear/linear_double"),
     Fault("quantisation tables of a checkpoint not compared", "llama_bnb.cpp", "ulps(table[i], need[i]) > 2", "false",
           "bnb/"),
 
@@ -198,14 +198,18 @@ FAULTS = [
           "bool label = first + k + 1 < data.ids.size() && data", "pack/"),
     Fault("positions go on across documents", "tokenizer/pack.cpp", "b.positions.push_back(int32_t(k));",
           "b.positions.push_back(int32_t(b.positions.size()));", "pack/"),
-    Fault("passes filled first fit, not best fit", "tokenizer/pack.cpp", "room.lower_bound({n, 0})",
+    Fault("passes filled next fit, not best fit", "tokenizer/pack.cpp", "room.lower_bound({n, 0})",
           "std::find_if(room.begin(), room.end(), [&](const auto& x) { return x.first >= n && x.second + 1 == "
           "passes.size(); })", "pack/"),
     Fault("ignore_merges off", "tokenizer/bpe.cpp", "= ignore_merges || (", "= (", "tokenizer/"),
     Fault("merges taken from the right", "tokenizer/bpe.cpp", "if (rank[i] < best_rank)", "if (rank[i] <= best_rank)",
           "tokenizer/"),
     Fault("white space is PCRE2's \\s", "tokenizer/tokenizer.cpp",
-          r'"|\\p{White_Space}+(?!\\P{White_Space})|\\p{White_Space}+",', r'"|\\s+(?!\\S)|\\s+",', "tokenizer/"),
+          r'"| ?[^\\p{White_Space}\\p{L}\\p{N}]+[\\r\\n]*|\\p{White_Space}*[\\r\\n]+" '
+          r'"|\\p{White_Space}+(?!\\P{White_Space})|\\p{White_Space}+",',
+          r'"| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+",', "tokenizer/"),
+    Fault("white space of the look-ahead alone is PCRE2's", "tokenizer/tokenizer.cpp", r"(?!\\P{White_Space})",
+          r"(?!\\S)", "tokenizer/"),
     Fault("digits are not split in threes", "tokenizer/tokenizer.cpp", r"|\\p{N}{1,3}", r"|\\p{N}+", "tokenizer/"),
     Fault("a piece cached by another tokenizer is used", "tokenizer/tokenizer.cpp", "state.serial != t.serial",
           "state.cache.empty()", "tokenizer/"),
@@ -233,7 +237,7 @@ FAULTS = [
     Fault("duplicate keys of JSON let through", "io/json.cpp", "if (twice) {", "if (false) {", "json/"),
     Fault("JSON nests without limit", "io/json.cpp", "if (open.size() >= size_t(text.limits->depth))", "if (false)",
           "json/"),
-    Fault("surrogate halves pass as UTF-8 text", "io/json.cpp", "int unit = escape_unit(text + i, n - i);",
+    Fault("lone surrogates of JSON let through", "io/json.cpp", "int unit = escape_unit(text + i, n - i);",
           "int unit = 0;", "json/"),
     Fault("unexpected tensors of a checkpoint ignored", "llama_io.h", "if (r.wanted.count(t.name) == 0 && !ignored",
           "if (false && !ignored", "load/"),
@@ -249,8 +253,8 @@ FAULTS = [
     Fault("resume without the second moments", "train_checkpoint.h", "m.adapter.m : m.adapter.v",
           "m.adapter.m : m.adapter.m", "trainer/killed_and_resumed"),
     Fault("resume with changed data", "train_checkpoint.h", "if (was != is)", "if (false)", "trainer/resume_refuses"),
-    Fault("resume with another rate", "io/options.cpp", "if (!resume || (s.flags & (FREE | NOT_SAVED))",
-          "if (true || (s.flags", "options/"),
+    Fault("resume with another rate", "io/options.cpp", "if (!resume || (s.flags",
+          "if (true || !resume || (s.flags", "options/"),
     Fault("a non-finite gradient goes into the update", "train_step.h",
           "if (!std::isfinite(r.loss) || !std::isfinite(r.grad_norm))", "if (false)", "model/non_finite"),
 ]
@@ -387,7 +391,10 @@ class Build:
     def run(self, group, parts, changed=None):
         """Runs the group's tests with one of the parts in their names. {name: passed, skipped, failed or crashed}"""
         program = self.program(group, changed)
-        os.environ["TRAIN_LLAMA_ROOT"] = self.tree
+        files = os.path.join(self.work, "files")  # of the tests: one that crashes leaves its own behind
+        shutil.rmtree(files, ignore_errors=True)
+        os.makedirs(files)
+        os.environ.update(TRAIN_LLAMA_ROOT=self.tree, TMPDIR=files)
         results, last = {}, None
         try:
             output = subprocess.run([program, *parts], cwd=self.tree, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
@@ -468,7 +475,7 @@ def try_fault(build, fault, known):
             try:
                 results = build.run(group, parts, fault.file)
             except BuildFailed as e:
-                return [], "does not compile: " + str(e)
+                return [], "does not compile: " + str(e).split("error: ")[-1].split("\n")[0]
             caught += [name for name, result in results.items()
                        if result in ("failed", "crashed") and known.get(name) == "passed"]
     return caught, "" if caught else "no test failed of: " + fault.tests
@@ -478,8 +485,9 @@ def write_table(path, rows):
     caught = sum(1 for _, tests in rows if tests)
     with open(path, "w", encoding="utf-8") as f:
         f.write("# Planted faults\n\n"
-                "Each row is a fault that `dev/mutants.py` plants in the program, alone, and the tests of `test_llama`\n"
-                "that fail with it and pass without it: the first three, of those that the script runs for it.\n"
+                "Each row is a fault that `dev/mutants.py` plants in the program, alone, and the tests of\n"
+                "`test_llama` that fail with it and pass without it: the first three, of those that the script runs\n"
+                "for this fault. "
                 "%d of %d faults are caught.\n\n" % (caught, len(rows)))
         f.write("| fault | file | caught by |\n|---|---|---|\n")
         for fault, tests in rows:
@@ -497,6 +505,8 @@ def main():
     parser.add_argument("--output", default=os.path.join(ROOT, "dev/results/mutants.md"), metavar="FILE")
     options = parser.parse_args()
     faults = [f for f in FAULTS if options.only in " ".join([f.name, f.file, f.tests])]
+    if not faults:
+        parser.error("no fault has %r in it" % options.only)
     if options.list:
         for fault in faults:
             print("%-66s %-28s %s" % (fault.name, fault.file, fault.tests))

@@ -106,7 +106,7 @@ else
             sed 's/^90$/90a/' | sort -u | tr '\n' ' ')
         why="of the GPU here"
         if [ -z "$archs" ]; then
-            archs="80 90a" why="no GPU here"
+            archs="80 90a" why="no GPU here; this version trains on the CPU"
         fi
     fi
     for a in $archs; do

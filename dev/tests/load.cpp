@@ -73,6 +73,8 @@ static Error load(const std::string& dir, const BaseOptions& base, std::string* 
     std::vector<std::string> warnings;
     Error e = llama_config_read(m.c, dir);
     e = e ? e : llama_load(m, &hash, warnings, dir, base);
+    CHECK(e || (m.w.head.data == m.w.embed.data) == m.c.tied, "tied %d, but the head is %s", m.c.tied,
+          m.c.tied ? "a matrix of its own" : "the embedding");
     for (const std::string& w : warnings) {
         if (said != nullptr) {
             *said += w + "\n";

@@ -388,6 +388,72 @@ static void accumulation_equals_one_pass() {
     }
 }
 
+// After one step from zero moments m = (1 - beta1) * coefficient * g, with the coefficient min(1, clip / (norm + 1e-6))
+// of torch's clip_grad_norm_.
+static void clipping_scales_the_gradient() {
+    Dataset data;
+    data.ids = {1, 2, 3, 4, 5, 6};
+    data.targets = {0, 1, 1, 1, 1, 1};
+    data.start = {0, 6};
+    for (double share : {0.5, 2.0, 0.0}) {  // of the gradient's norm; 0: no clipping
+        Fixture<Cpu<float>> f;
+        fixture_open(f, "gqa_llama3");
+        StepRates rates;
+        rates.clip = 0;
+        rates.lr = 0;
+        const double norm = train_step(f.m, data, {0}, 64, true, 1, rates).grad_norm;
+        device_zero(f.m.dev, f.m.adapter.m, f.m.adapter.size * sizeof(float));
+        device_zero(f.m.dev, f.m.adapter.v, f.m.adapter.size * sizeof(float));
+        rates.clip = share * norm;
+        train_step(f.m, data, {0}, 64, true, 1, rates);
+        const double coefficient = share == 0.5 ? 0.5 * norm / (norm + 1e-6) : 1;
+        double worst = 0;
+        for (size_t i = 0; i < f.m.adapter.size; i++) {
+            double want = 0.1 * coefficient * double(f.m.adapter.g[i]);
+            worst = std::max(worst, std::fabs(f.m.adapter.m[i] - want) / std::max(std::fabs(want), 1e-20));
+        }
+        CHECK_ERROR("first moment with clip " + std::to_string(share), worst, 4 * 0x1p-24);  // a few roundings to float
+        fixture_close(f);
+    }
+}
+
+// A from U(-1/sqrt(in), 1/sqrt(in)), B zero: bounds kept and nearly reached, mean and variance those of the
+// distribution (within five standard errors), each matrix drawn for itself, the same for the same seed.
+static void adapter_start() {
+    Fixture<Cpu<float>> f;
+    fixture_open(f, "gqa_llama3");
+    llama_adapter_init(f.m, 11);
+    std::vector<float> first(f.m.adapter.p, f.m.adapter.p + f.m.adapter.size), before;
+    each_adapter(
+        f.m.c, f.m.adapter.lora, [&](const std::string& name, int, int, bool is_b, int rows, int cols, size_t offset) {
+            const size_t n = size_t(rows) * cols;
+            std::vector<float> x(first.begin() + offset, first.begin() + offset + n);
+            if (is_b) {
+                CHECK(std::all_of(x.begin(), x.end(), [](float v) { return v == 0; }), "%s is not zero", name.c_str());
+                return;
+            }
+            double bound = 1 / std::sqrt(double(cols)), mean = 0, square = 0, low = 0, high = 0;
+            for (float v : x) {
+                mean += v / double(n);
+                square += double(v) * v / double(n);
+                low = std::min(low, double(v));
+                high = std::max(high, double(v));
+            }
+            CHECK(low >= -bound && high <= bound && low < -0.9 * bound && high > 0.9 * bound, "%s: %g to %g",
+                  name.c_str(), low, high);
+            CHECK_ERROR(name + ": mean", std::fabs(mean), 5 * bound / std::sqrt(3.0 * double(n)));
+            CHECK_ERROR(name + ": variance", std::fabs(square * 3 / (bound * bound) - 1),
+                        5 * std::sqrt(0.8 / double(n)));
+            CHECK(x != before, "%s repeats the matrix before it", name.c_str());
+            before = x;
+        });
+    llama_adapter_init(f.m, 11);
+    CHECK(std::equal(first.begin(), first.end(), f.m.adapter.p), "the same seed starts differently");
+    llama_adapter_init(f.m, 12);
+    CHECK(!std::equal(first.begin(), first.end(), f.m.adapter.p), "another seed starts the same");
+    fixture_close(f);
+}
+
 // A non-finite weight shows as a named gradient and changes nothing.
 static void non_finite_is_named() {
     Fixture<Cpu<float>> f;
@@ -435,6 +501,8 @@ const Test model_tests[] = {
     {"packed_equals_separate", packed_equals_separate},
     {"rows_without_label_add_nothing", rows_without_label_add_nothing},
     {"accumulation_equals_one_pass", accumulation_equals_one_pass},
+    {"clipping_scales_the_gradient", clipping_scales_the_gradient},
+    {"adapter_start", adapter_start},
     {"non_finite_is_named", non_finite_is_named},
     {nullptr, nullptr},
 };

@@ -225,6 +225,7 @@ void split_patterns() {
     e = load_json(smollm2, small_tokenizer(merges, true));
     CHECK(!e, "%s", e.what.c_str());
     check_ids(llama3, "1234", {N123, '4'});
+    check_ids(llama3, "5634", {'5', '6', '3', '4'});  // threes from the left: the 3 and the 4 never meet
     check_ids(smollm2, "1234", {'1', '2', '3', '4'});
     check_ids(llama3, " 1", {' ', '1'});
     check_ids(smollm2, " 1", {' ', '1'});
@@ -251,6 +252,7 @@ void split_patterns() {
     check_ids(llama3, ".a", {DOTA});
     check_ids(smollm2, ".a", {'.', 'a'});
     check_ids(llama3, "\u180e1", {0xE1, 0xA0, 0x8E, '1'});
+    check_ids(llama3, "  \u180ea", {' ', ' ', 0xE1, 0xA0, 0x8E, 'a'});  // U+180E is no white space: the run ends before it
     tokenizer_free(llama3);
     tokenizer_free(smollm2);
 }

@@ -336,6 +336,8 @@ void tiktoken_files() {
     if (!load_ok(t, directory, 516)) {
         return;
     }
+    CHECK(t.warnings.size() == 1 && text_has(t.warnings[0], "tokenizer.model: used, since there is no tokenizer.json"),
+          "%zu warnings", t.warnings.size());
     check_ids(t, "abc", {257});
     check_ids(t, "xbc", {'x', 258});
     check_ids(t, "aabc", {'a', 257});

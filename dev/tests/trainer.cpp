@@ -1,5 +1,5 @@
 // The program as people run it: ./train_llama as a subprocess, its files, exit codes and messages. Small runs on the
-// default base. TRAIN_LLAMA_PROGRAM names another binary.
+// default base.
 #include <signal.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -7,37 +7,10 @@
 #include <cmath>
 #include <vector>
 
-#include "dev/tests/test.h"
-#include "io/file.h"
+#include "dev/tests/program.h"
 #include "io/json.h"
 #include "io/safetensors.h"
 #include "kernels/bf16.h"
-
-static std::string program() {
-    const char* path = getenv("TRAIN_LLAMA_PROGRAM");
-    return path != nullptr ? path : source_path("train_llama");
-}
-
-static std::string base() {
-    return " -m " + source_path("dev/tiny_llama");
-}
-
-// Runs train_llama with these arguments, stdout and stderr in *output.
-static int train(std::string* output, const std::string& arguments, const std::string& environment = "") {
-    return run_command(output, environment + " " + program() + " " + arguments);
-}
-
-static std::string file_text(const std::string& path) {
-    std::string text;
-    Error e = file_read_all(text, path);
-    CHECK(!e, "%s", e.what.c_str());
-    return text;
-}
-
-static void write_text(const std::string& path, const std::string& text) {
-    Error e = file_replace(path, text);
-    CHECK(!e, "%s", e.what.c_str());
-}
 
 static std::vector<Json> log_records(const std::string& dir) {
     std::vector<Json> records;
@@ -67,17 +40,6 @@ static std::string log_timeless(const std::string& dir) {
         text += json_write(kept) + "\n";
     }
     return text;
-}
-
-// A small data set: n records of data.jsonl.
-static std::string small_data(size_t n) {
-    std::string text = file_text(source_path("data.jsonl")), path = test_directory() + "/small.jsonl";
-    size_t at = 0;
-    for (size_t i = 0; i < n; i++) {
-        at = text.find('\n', at) + 1;
-    }
-    write_text(path, text.substr(0, at));
-    return path;
 }
 
 static std::string adapter_of(const std::string& dir) {

@@ -1,0 +1,46 @@
+// For the tests that run ./train_llama as a subprocess, as people do: the command, the files around it.
+// TRAIN_LLAMA_PROGRAM names another binary.
+#pragma once
+#include <cstdlib>
+#include <string>
+
+#include "dev/tests/test.h"
+#include "io/file.h"
+
+inline std::string program() {
+    const char* path = getenv("TRAIN_LLAMA_PROGRAM");
+    return path != nullptr ? path : source_path("train_llama");
+}
+
+// " -m" and the default base.
+inline std::string base() {
+    return " -m " + source_path("dev/tiny_llama");
+}
+
+// Runs train_llama with these arguments, stdout and stderr in *output.
+inline int train(std::string* output, const std::string& arguments, const std::string& environment = "") {
+    return run_command(output, environment + " " + program() + " " + arguments);
+}
+
+inline std::string file_text(const std::string& path) {
+    std::string text;
+    Error e = file_read_all(text, path);
+    CHECK(!e, "%s", e.what.c_str());
+    return text;
+}
+
+inline void write_text(const std::string& path, const std::string& text) {
+    Error e = file_replace(path, text);
+    CHECK(!e, "%s", e.what.c_str());
+}
+
+// A small data set: n records of data.jsonl.
+inline std::string small_data(size_t n) {
+    std::string text = file_text(source_path("data.jsonl")), path = test_directory() + "/small.jsonl";
+    size_t at = 0;
+    for (size_t i = 0; i < n; i++) {
+        at = text.find('\n', at) + 1;
+    }
+    write_text(path, text.substr(0, at));
+    return path;
+}
