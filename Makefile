@@ -8,6 +8,7 @@
 #   OPENMP=    (empty)                     one thread, though the compiler has OpenMP
 #   CUDA_ARCH=all | "80 90a"               GPU architectures; default: the visible GPU's own, else sm_80 and sm_90a
 #   BUILD=DIR                              another place for objects
+#   V=1                                    show the commands
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -17,6 +18,8 @@ ifeq ($(MAKELEVEL),0)
 MAKEFLAGS += -j$(shell nproc 2>/dev/null || echo 2)
 endif
 
+# V=1 shows the commands.
+Q := $(if $(filter 1,$(V)),,@)
 config ?= release
 BUILD ?= build/$(config)
 ifeq ($(origin CXX),default)
@@ -116,16 +119,20 @@ cxx_sources := $(library_sources) $(test_sources) $(wildcard dev/*.cpp)
 cuda_sources := $(wildcard *.cu dev/*.cu)
 $(cxx_sources:%.cpp=$(BUILD)/%.o): $(BUILD)/%.o: %.cpp $(BUILD)/probe.mk
 	@mkdir -p $(@D)
-	$(CXX) $(cxx_flags) $(tier) $(CPPFLAGS) $(CXXFLAGS) -MMD -MP -c $< -o $@
+	@echo '  compile $<'
+	$(Q)$(CXX) $(cxx_flags) $(tier) $(CPPFLAGS) $(CXXFLAGS) -MMD -MP -c $< -o $@
 $(cuda_sources:%.cu=$(BUILD)/%.o): $(BUILD)/%.o: %.cu $(BUILD)/probe.mk
 	@mkdir -p $(@D)
-	$(COMPILE_CU) -MMD -MP -c $< -o $@
+	@echo '  compile $<'
+	$(Q)$(COMPILE_CU) -MMD -MP -c $< -o $@
 
 $(BUILD)/test_llama: $(tests)
 $(programs:%=$(BUILD)/%): $(BUILD)/%: $(BUILD)/%.o $(library)
-	$(LINK) $^ $(link_flags) $(libraries) -o $@
+	@echo '  link    $@'
+	$(Q)$(LINK) $^ $(link_flags) $(libraries) -o $@
 $(tools) $(benches): $(BUILD)/%: $(BUILD)/dev/%.o $(library)
-	$(LINK) $^ $(link_flags) $(libraries) -o $@
+	@echo '  link    $@'
+	$(Q)$(LINK) $^ $(link_flags) $(libraries) -o $@
 
 # The programs in the root are those of the configuration asked for last. Hard links, since a program finds
 # dev/tiny_llama beside itself.
@@ -143,11 +150,11 @@ FORCE:
 help:
 	@echo 'make deps          install what is missing (apt, dnf)'
 	@echo 'make train_llama   the trainer: ./train_llama -i data.jsonl -r 16'
-	@echo 'make test          every test that needs no Python (test_llama and dev/tests/*.sh)'
+	@echo 'make test          every test that needs no Python'
 	@echo 'make test-peers    comparisons with PyTorch, PEFT, bitsandbytes, tokenizers (Python, a large download once)'
 	@echo 'make tools bench   the programs of dev/: dumps for the comparisons; kernel harnesses'
 	@echo 'make all           everything but the tests'"'"' run'
-	@echo 'make lines         lines per file, and the rules of the house'
+	@echo 'make lines         lines per file; no file over 1,000 lines, no function over 120, includes where they belong'
 	@echo 'make clean         remove build/ and the programs'
 	@echo
 	@echo 'config=release|debug|sanitize|thread  NVCC= (no CUDA)  OPENMP= (one thread)  CUDA_ARCH=all|"80 90a"'
@@ -157,7 +164,7 @@ tools: $(tools)
 bench: $(benches)
 
 test: $(programs) tools
-	@scripts/tally.sh ./test_llama $(wildcard dev/tests/*.sh)
+	@scripts/tally.sh ./test_llama
 
 test-peers:
 	+@MAKE='$(MAKE)' scripts/test_peers.sh

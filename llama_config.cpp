@@ -420,10 +420,11 @@ Error llama_config_read(LlamaConfig& c, const std::string& model_dir) {
     }
     Json root;
     if (Error e = json_parse(root, c.text.data(), c.text.size(), path)) {
-        return e;
+        return e.or_hinted("the file is damaged: get it again from where the model came from");
     }
     if (Error e = read_config(c, {printable(path, 4096), &root})) {
-        return e;
+        return e.or_hinted(
+            "give the unchanged config.json of a model with the plain Llama architecture, or choose another model");
     }
     path = path_join(model_dir, "generation_config.json");
     if (!path_exists(path)) {

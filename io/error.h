@@ -14,6 +14,8 @@ struct [[nodiscard]] Error {
 
     explicit operator bool() const { return code != 0; }
     Error hinted(const std::string& text) const { return {code, what, text}; }
+    // The hint for whatever has none of its own.
+    Error or_hinted(const std::string& text) const { return code != 0 && hint.empty() ? hinted(text) : *this; }
 };
 
 // printf-style makers. Strings that come from a file go through printable() first.

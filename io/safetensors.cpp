@@ -286,7 +286,7 @@ static Error close_unless_good(Safetensors& st, Error e) {
     if (e) {
         safetensors_close(st);
     }
-    return e;
+    return e.or_hinted("the file is damaged, or no 16-bit or 32-bit checkpoint: download it again");
 }
 
 Error safetensors_open(Safetensors& st, const std::string& path) {

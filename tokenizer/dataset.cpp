@@ -485,7 +485,8 @@ static Error load_files(Loader& load, void* hash) {
         }
         return bad_input("%s: no example is left of %zu records:%s", names.c_str(), data.read,
                          reason_table(load.reasons).c_str())
-            .hinted(data.dropped_without_target ? "--max-tokens keeps more of each example" : "");
+            .hinted(data.dropped_without_target ? "--max-tokens keeps more of each example"
+                                                : "mend the lines, or name their form with --format");
     }
     if (!load.unused.empty()) {
         std::string keys;

@@ -356,5 +356,5 @@ Error tokenizer_load(Tokenizer& t, const std::string& model_dir, int embedding_r
     if (e) {
         tokenizer_free(t);
     }
-    return e;
+    return e.or_hinted("the tokenizer's files must be the model's own, unchanged: get them again");
 }
