@@ -231,6 +231,74 @@ static void resume_refuses_what_changed() {
     CHECK(code == 0 && path_exists(dir + "/adapter_model.safetensors"), "plain resume: exit %d: %s", code, out.c_str());
 }
 
+// Nothing of an earlier run is removed before the new one has read all it needs.
+static void overwrite_comes_last() {
+    std::string data = small_data(5), out, root = test_directory(), dir = root + "/run";
+    std::string command = "-i " + data + base() + " -r 4 -n 2 --val none -q -o " + dir;
+    CHECK(train(&out, command) == 0, "%s", out.c_str());
+    const std::string before = adapter_of(dir);
+    write_text(root + "/config.json", "{}");  // a model that cannot be read
+    const std::string changes[] = {" --overwrite --init-adapter " + dir, " --overwrite --init-adapter " + root,
+                                   " --overwrite -i " + root + "/none.jsonl"};
+    for (const std::string& change : changes) {
+        std::string other = change.find("init") != std::string::npos
+                                ? "-i " + data + base() + " -n 2 --val none -q -o " + dir
+                                : command;
+        int code = train(&out, other + change);
+        CHECK(code == 2 && path_exists(dir + "/adapter_model.safetensors") && adapter_of(dir) == before,
+              "%s: exit %d: %s", change.c_str(), code, out.c_str());
+    }
+}
+
+// Weights that grow without bound show in the evaluation, not in the step that made them: still exit 3 and no adapter.
+static void divergence_of_the_evaluation() {
+    std::string data = small_data(8), out, dir = test_directory() + "/run";
+    int code = train(&out, "-i " + data + base() +
+                               " -r 4 -n 4 --lr 10 --weight-decay 100 --schedule constant --warmup 0 --val " + data +
+                               " -o " + dir);
+    CHECK(code == 3 && text_has(out, "not finite"), "exit %d: %s", code, out.c_str());
+    CHECK(!path_exists(dir + "/adapter_model.safetensors"), "a diverged run wrote a final adapter");
+}
+
+// A kill between the adapter and the log's last record: resume writes that record, and the same adapter again.
+static void resume_completes_the_log() {
+    std::string data = small_data(6), out, dir = test_directory() + "/run";
+    CHECK(train(&out, "-i " + data + base() + " -r 4 -n 3 --val none -q -o " + dir) == 0, "%s", out.c_str());
+    const std::string log = file_text(dir + "/log.jsonl"), adapter = adapter_of(dir);
+    write_text(dir + "/log.jsonl", log.substr(0, log.rfind("{\"event\":\"end\"")));
+    CHECK(train(&out, "--resume -o " + dir) == 0, "%s", out.c_str());
+    CHECK(file_text(dir + "/log.jsonl") == log && adapter_of(dir) == adapter,
+          "the log or the adapter is not what it was");
+    CHECK(train(&out, "--resume -o " + dir) == 0 && text_has(out, "already complete"), "%s", out.c_str());
+}
+
+// What a resume may do: leave out the held-out data, take other passes, go on without the adapter it started from.
+static void resume_allows_what_does_not_matter() {
+    std::string data = small_data(12), val = small_data(3), out, root = test_directory(), dir = root + "/run";
+    CHECK(train(&out, "-i " + data + base() + " -r 4 -n 2 --val none -q -o " + root + "/first") == 0, "%s",
+          out.c_str());
+    std::string from = root + "/from";
+    CHECK(run_command(&out, "mkdir " + from + " && cp " + root + "/first/adapter_* " + from) == 0, "%s", out.c_str());
+    std::string common = "-i " + data + base() + " -b 2 -n 6 --save-every 2 --val " + val + " -q -o " + dir;
+    CHECK(train(&out, common + " --init-adapter " + from) == 0, "%s", out.c_str());
+    CHECK(!path_remove(from) && !path_remove(dir + "/checkpoints/step_6"), "cannot remove");
+    CHECK(!path_remove(dir + "/adapter_model.safetensors"), "cannot remove");
+    int code = train(&out, "--resume --val none --pass-tokens 100 -o " + dir);
+    CHECK(code == 0 && text_has(out, "going on after step 4 of 6") && text_has(out, "no longer the same bits") &&
+              text_has(out, "held-out data is not what it was"),
+          "exit %d: %s", code, out.c_str());
+    CHECK(path_exists(dir + "/adapter_model.safetensors"), "no adapter");
+}
+
+// Under nohup a hang-up is ignored, and stays so.
+static void hangup_stays_ignored() {
+    std::string data = small_data(30), out, dir = test_directory() + "/run";
+    int code =
+        run_command(&out, "trap '' HUP; " + program() + " -q -i " + data + base() + " -r 8 -b 1 -e 12 --val none -o " +
+                              dir + " & p=$!; sleep 0.7; kill -HUP $p; wait $p");
+    CHECK(code == 0 && path_exists(dir + "/adapter_model.safetensors"), "exit %d: %s", code, out.c_str());
+}
+
 static void resume_without_a_checkpoint_starts() {
     std::string data = small_data(6), out, dir = test_directory() + "/run";
     int code = train(&out, "-i " + data + base() + " -r 4 -n 2 --val none --resume -o " + dir);
@@ -435,6 +503,11 @@ const Test trainer_tests[] = {
     {"killed_and_resumed", killed_and_resumed},
     {"stopped_by_a_signal", stopped_by_a_signal},
     {"resume_refuses_what_changed", resume_refuses_what_changed},
+    {"overwrite_comes_last", overwrite_comes_last},
+    {"divergence_of_the_evaluation", divergence_of_the_evaluation},
+    {"resume_completes_the_log", resume_completes_the_log},
+    {"resume_allows_what_does_not_matter", resume_allows_what_does_not_matter},
+    {"hangup_stays_ignored", hangup_stays_ignored},
     {"resume_without_a_checkpoint_starts", resume_without_a_checkpoint_starts},
     {"wrong_options_and_input", wrong_options_and_input},
     {"skip_bad_lists_the_rejected", skip_bad_lists_the_rejected},
