@@ -457,7 +457,7 @@ static void memory_of_a_1b_load() {
         R"("max_position_embeddings":131072,"rope_theta":500000.0,"tie_word_embeddings":true})");
     std::vector<bf16> block(V * C);  // every tensor takes its values from the start of this
     for (size_t i = 0; i < block.size(); i++) {
-        block[i] = to_bf16(float(int(i * 2654435761u >> 20) - 2048) / 40000);
+        block[i] = to_bf16(float(int(uint32_t(i) * 2654435761u >> 20) - 2048) / 40000);
     }
     std::vector<TensorOut> tensors = {{"model.embed_tokens.weight", "BF16", {V, C}, block.data()},
                                       {"model.norm.weight", "BF16", {C}, block.data()}};
