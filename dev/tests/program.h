@@ -34,9 +34,9 @@ inline void write_text(const std::string& path, const std::string& text) {
     CHECK(!e, "%s", e.what.c_str());
 }
 
-// A small data set: n records of data.jsonl.
-inline std::string small_data(size_t n) {
-    std::string text = file_text(source_path("data.jsonl")), path = test_directory() + "/small.jsonl";
+// A small data set: n records of data.jsonl, or of another file of the repository.
+inline std::string small_data(size_t n, const char* from = "data.jsonl") {
+    std::string text = file_text(source_path(from)), path = test_directory() + "/small.jsonl";
     size_t at = 0;
     for (size_t i = 0; i < n; i++) {
         at = text.find('\n', at) + 1;

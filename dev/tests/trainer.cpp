@@ -290,6 +290,34 @@ static void resume_allows_what_does_not_matter() {
     CHECK(path_exists(dir + "/adapter_model.safetensors"), "no adapter");
 }
 
+// A few examples seen again and again: validation loss rises, training loss falls. The warning names the step with the
+// lowest validation loss, and never comes before two rises in a row.
+static void overfitting_is_named() {
+    std::string data = small_data(6), val = small_data(30, "data_val.jsonl"), out, dir = test_directory() + "/run";
+    int code =
+        train(&out, "-i " + data + base() + " -r 16 -b 6 -n 60 --lr 5e-3 --schedule constant --eval-every 4 --val " +
+                        val + " -o " + dir);
+    CHECK(code == 0 && text_has(out, "warning: overfitting"), "exit %d: %s", code, out.c_str());
+    std::vector<double> losses;
+    double best = INFINITY;
+    int64_t best_step = -1;
+    size_t warnings = 0;
+    for (const Json& r : log_records(dir)) {
+        if (r.find("event")->string == "eval") {
+            losses.push_back(r.find("loss")->number());
+            best_step = losses.back() < best ? r.find("step")->integer : best_step;
+            best = std::min(best, losses.back());
+        } else if (r.find("event")->string == "overfitting") {
+            const size_t n = losses.size();
+            warnings++;
+            CHECK(n >= 3 && losses[n - 1] > losses[n - 2] && losses[n - 2] > losses[n - 3], "warned without two rises");
+            CHECK(r.find("best_step")->integer == best_step && r.find("best_loss")->number() == best,
+                  "best step %lld, need %lld", (long long)r.find("best_step")->integer, (long long)best_step);
+        }
+    }
+    CHECK(warnings > 0, "no record of it");
+}
+
 // Under nohup a hang-up is ignored, and stays so.
 static void hangup_stays_ignored() {
     std::string data = small_data(30), out, dir = test_directory() + "/run";
@@ -507,6 +535,7 @@ const Test trainer_tests[] = {
     {"divergence_of_the_evaluation", divergence_of_the_evaluation},
     {"resume_completes_the_log", resume_completes_the_log},
     {"resume_allows_what_does_not_matter", resume_allows_what_does_not_matter},
+    {"overfitting_is_named", overfitting_is_named},
     {"hangup_stays_ignored", hangup_stays_ignored},
     {"resume_without_a_checkpoint_starts", resume_without_a_checkpoint_starts},
     {"wrong_options_and_input", wrong_options_and_input},
