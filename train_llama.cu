@@ -61,8 +61,12 @@ static Json log_plan(const Plan& p) {
     return j;
 }
 
+// Shows nothing when the settings were refused before there was a plan.
 static void plan_show(Run& run) {
     const Plan& p = run.plan;
+    if (p.pass_tokens == 0) {
+        return;
+    }
     console_table(
         run.console,
         {{"memory plan", ""},
@@ -565,9 +569,7 @@ Error data_and_plan(Run& run, Dev& dev, const BaseOptions& base, size_t* longest
         execution_restore(run, dev.isa->name);
         plan_fill(run.plan, dev, run.c, run.lora, base, *longest);
     }
-    if (run.plan.pass_tokens > 0) {
-        plan_show(run);
-    }
+    plan_show(run);
     return e;
 }
 
@@ -653,9 +655,7 @@ Error benchmark(Run& run, Dev& dev) {
     banner(run, text_format("cpu, %s", dev.isa->name), dev.threads);
     Error plan = plan_choose(run.plan, dev, run.c, run.lora, base, run.max_tokens, run.max_tokens * size_t(o.batch),
                              o.pass_tokens, o.recompute, machine_memory());
-    if (run.plan.pass_tokens > 0) {
-        plan_show(run);
-    }
+    plan_show(run);
     if (plan) {
         return plan;
     }
@@ -720,9 +720,7 @@ Error shape_plan(Run& run, Dev& dev) {
     const size_t most = run.max_tokens * size_t(o.batch);
     Error e = plan_choose(run.plan, dev, run.c, run.lora, base, run.max_tokens, most, o.pass_tokens, o.recompute,
                           machine_memory());
-    if (run.plan.pass_tokens > 0) {
-        plan_show(run);
-    }
+    plan_show(run);
     if (e && e.code != 1) {
         return e;
     }
