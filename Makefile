@@ -4,11 +4,15 @@
 #
 #   config=release|debug|sanitize|thread   optimised | -O0 | address and undefined | data races (clang, libomp)
 #   CXX= CPPFLAGS= CXXFLAGS= LDFLAGS=      the compiler and flags of your own; they come last on the command line
-#   NVCC=      (empty)                     CPU only, though a toolkit is there
+#   NVCC=      (empty)                     no GPU objects, though a toolkit is there
 #   OPENMP=    (empty)                     one thread, though the compiler has OpenMP
 #   CUDA_ARCH=all | "80 90a"               GPU architectures; default: the visible GPU's own, else sm_80 and sm_90a
 #   BUILD=DIR                              another place for objects
 #   V=1                                    show the commands
+#
+# Three flavours of the same sources. The GPU's kernels (kernels/gpu*.cu) are left out, or compiled by nvcc, or compiled
+# by $(CXX) for the stand-in of dev/simt, which runs them on the CPU. The last is made beside each of the others, in
+# $(BUILD)/simt. The macro HAVE_GPU (0, 1; 2 for the stand-in) tells train_llama.cu and test_llama.cu which it is.
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -75,7 +79,8 @@ $(BUILD)/probe.mk: export CONFIG_FLAGS := $(flags_$(config))
 $(BUILD)/probe.mk: scripts/probe.sh
 	@scripts/probe.sh $@
 
-# HAVE_OPENMP, BASE_ARCH, ARCH_CODE and GPU_CODE come from the probes. The floating-point flag holds for every file.
+# HAVE_OPENMP, BASE_ARCH, HAVE_CUDA, GPU_CODE and CUDA_LIBRARIES come from the probes. The floating-point flag holds for
+# every file.
 common := -std=c++17 $(flags_$(config)) -Wall -Wextra -ffp-contract=off $(BASE_ARCH) \
           $(if $(HAVE_OPENMP),-fopenmp,-Wno-unknown-pragmas)
 cxx_flags := $(common) -I.
@@ -83,30 +88,40 @@ libraries := -lpcre2-8 -lcrypto
 comma := ,
 empty :=
 space := $(empty) $(empty)
-ifneq (,$(NVCC))
 host_flags := $(subst $(space),$(comma),$(strip $(filter-out -std=c++17,$(common)) $(CXXFLAGS)))
+COMPILE = $(CXX) $(cxx_flags) $(tier) $(defines) $(CPPFLAGS) $(CXXFLAGS)
+# Kernels on the stand-in are slow enough without -O0 or -O1. `unroll` is for nvcc: g++ does not know it, and clang says
+# where it does not follow it.
+COMPILE_SIMT = $(CXX) -x c++ $(cxx_flags) -O2 -Wno-unknown-pragmas $(if $(findstring clang,$(CXX)),-Wno-pass-failed) \
+               $(CPPFLAGS) $(CXXFLAGS)
 # 2810: nvcc takes an assignment to an Error for a result that is thrown away; g++ and clang check it rightly. 1675: a
 # pragma that is for the host compiler.
-COMPILE_CU = $(NVCC) -ccbin $(firstword $(CXX)) -std=c++17 -O3 -lineinfo -Xptxas -warn-spills -diag-suppress 2810,1675 \
-             $(GPU_CODE) -Xcompiler $(host_flags) -I. $(NVCCFLAGS) $(CPPFLAGS)
-LINK = $(NVCC) -ccbin $(firstword $(CXX)) $(GPU_CODE) -Xcompiler $(host_flags)
-link_flags = $(addprefix -Xlinker ,$(subst -Wl$(comma),,$(filter -Wl%,$(LDFLAGS)))) $(filter-out -Wl%,$(LDFLAGS))
-else
-COMPILE_CU = $(CXX) -x c++ $(cxx_flags) $(CPPFLAGS) $(CXXFLAGS)
+COMPILE_CUDA = $(NVCC) -ccbin $(firstword $(CXX)) -std=c++17 -O3 -lineinfo -Xptxas -v,-warn-spills \
+               -diag-suppress 2810,1675 $(GPU_CODE) -Xcompiler $(host_flags) -I. $(NVCCFLAGS) $(CPPFLAGS)
 LINK = $(CXX) $(common) $(CXXFLAGS)
-link_flags = $(LDFLAGS)
-endif
 
 # ---- what is built of what
 
 library_sources := $(wildcard llama_*.cpp io/*.cpp tokenizer/*.cpp kernels/*.cpp kernels/cpu/*.cpp)
+gpu_sources     := $(wildcard kernels/gpu*.cu)
+simt_sources    := $(wildcard dev/simt/*.cpp)
 test_sources    := $(wildcard dev/tests/*.cpp)
-library := $(library_sources:%.cpp=$(BUILD)/%.o)
-tests   := $(test_sources:%.cpp=$(BUILD)/%.o)
-dev_programs := $(basename $(notdir $(wildcard dev/*.cpp dev/*.cu)))
-tool_names   := nf4_dump tokenize logits_dump
-tools   := $(addprefix $(BUILD)/,$(filter $(tool_names),$(dev_programs)))
-benches := $(addprefix $(BUILD)/,$(filter-out $(tool_names),$(dev_programs)))
+object = $(addprefix $(BUILD)/,$(addsuffix .o,$(basename $(1))))
+library    := $(call object,$(library_sources))
+gpu        := $(if $(HAVE_CUDA),$(call object,$(gpu_sources)))
+simt       := $(call object,$(addprefix simt/,$(gpu_sources) $(simt_sources)))
+simt_tests := $(call object,$(filter dev/tests/simt%,$(test_sources)))
+gpu_tests  := $(call object,$(filter dev/tests/gpu_%,$(test_sources)))
+tests      := $(filter-out $(gpu_tests) $(simt_tests),$(call object,$(test_sources)))
+simt_programs := $(programs:%=$(BUILD)/simt/%)
+
+# dev/: tools and benches of the CPU are plain programs; every other .cu is a file of the harness.
+tool_names := nf4_dump tokenize logits_dump
+harness    := $(call object,$(wildcard dev/harness*.c*) dev/tests/test.cpp)
+ops        := $(filter-out $(tool_names) harness%,$(basename $(notdir $(wildcard dev/*.cu))))
+cpu_benches := $(filter-out $(tool_names) harness%,$(basename $(notdir $(wildcard dev/*.cpp))))
+tools   := $(addprefix $(BUILD)/,$(tool_names))
+benches := $(addprefix $(BUILD)/,$(cpu_benches) $(ops))
 
 # Each instruction tier is one file with flags of its own; the rest runs on any processor of the kind.
 ifneq (,$(x86))
@@ -114,37 +129,77 @@ $(BUILD)/kernels/cpu/isa_avx2.o: tier := -mavx2 -mfma -mf16c -mbmi2
 $(BUILD)/kernels/cpu/isa_avx512.o: tier := -mavx512f -mavx512bw -mavx512dq -mavx512vl \
                                            -mavx2 -mfma -mf16c -mbmi2 -mprefer-vector-width=512
 endif
+$(programs:%=$(BUILD)/%.o): defines := -DHAVE_GPU=$(if $(HAVE_CUDA),1,0)
+$(programs:%=$(BUILD)/simt/%.o): defines := -DHAVE_GPU=2
 
-cxx_sources := $(library_sources) $(test_sources) $(wildcard dev/*.cpp)
-cuda_sources := $(wildcard *.cu dev/*.cu)
-$(cxx_sources:%.cpp=$(BUILD)/%.o): $(BUILD)/%.o: %.cpp $(BUILD)/probe.mk
+harness_cu := $(call object,$(wildcard dev/harness*.cu) $(ops:%=dev/%))
+cpp_objects := $(call object,$(wildcard dev/*.cpp) $(library_sources) $(test_sources))
+$(filter-out $(simt_tests),$(cpp_objects)): $(BUILD)/%.o: %.cpp $(BUILD)/probe.mk
 	@mkdir -p $(@D)
 	@echo '  compile $<'
-	$(Q)$(CXX) $(cxx_flags) $(tier) $(CPPFLAGS) $(CXXFLAGS) -MMD -MP -c $< -o $@
-$(cuda_sources:%.cu=$(BUILD)/%.o): $(BUILD)/%.o: %.cu $(BUILD)/probe.mk
+	$(Q)$(COMPILE) -MMD -MP -c $< -o $@
+# train_llama.cu, test_llama.cu and dev/logits_dump.cu see declarations alone: any compiler takes them, and quickly.
+$(call object,$(programs) dev/logits_dump): $(BUILD)/%.o: %.cu $(BUILD)/probe.mk
 	@mkdir -p $(@D)
 	@echo '  compile $<'
-	$(Q)$(COMPILE_CU) -MMD -MP -c $< -o $@
+	$(Q)$(COMPILE) -MMD -MP -x c++ -c $< -o $@
+$(simt_programs:%=%.o): $(BUILD)/simt/%.o: %.cu $(BUILD)/probe.mk
+	@mkdir -p $(@D)
+	@echo '  compile $< (stand-in)'
+	$(Q)$(COMPILE) -MMD -MP -x c++ -c $< -o $@
+$(call object,$(gpu_sources:%=simt/%)): $(BUILD)/simt/%.o: %.cu $(BUILD)/probe.mk
+	@mkdir -p $(@D)
+	@echo '  compile $< (stand-in)'
+	$(Q)$(COMPILE_SIMT) -MMD -MP -c $< -o $@
+$(call object,$(simt_sources:%=simt/%)): $(BUILD)/simt/%.o: %.cpp $(BUILD)/probe.mk
+	@mkdir -p $(@D)
+	@echo '  compile $<'
+	$(Q)$(COMPILE_SIMT) -MMD -MP -c $< -o $@
+$(simt_tests): $(BUILD)/%.o: %.cpp $(BUILD)/probe.mk
+	@mkdir -p $(@D)
+	@echo '  compile $<'
+	$(Q)$(COMPILE_SIMT) -MMD -MP -c $< -o $@
+ifneq (,$(HAVE_CUDA))
+# What ptxas says of each kernel is kept beside the object, for scripts/resources.py.
+$(gpu) $(harness_cu): $(BUILD)/%.o: %.cu $(BUILD)/probe.mk
+	@mkdir -p $(@D)
+	@echo '  compile $< (nvcc)'
+	$(Q)$(COMPILE_CUDA) -MMD -MP -c $< -o $@ 2>$(@:.o=.ptxas); status=$$?; \
+	grep -vE '^ptxas info|^ +[0-9]+ bytes stack frame' $(@:.o=.ptxas) >&2; exit $$status
+else
+$(harness_cu): $(BUILD)/%.o: %.cu $(BUILD)/probe.mk
+	@mkdir -p $(@D)
+	@echo '  compile $< (stand-in)'
+	$(Q)$(COMPILE_SIMT) -MMD -MP -c $< -o $@
+endif
 
-$(BUILD)/test_llama: $(tests)
-$(programs:%=$(BUILD)/%): $(BUILD)/%: $(BUILD)/%.o $(library)
+link = $(LINK) $^ $(LDFLAGS) $(libraries)
+$(BUILD)/test_llama: $(tests) $(if $(gpu),$(gpu_tests))
+$(programs:%=$(BUILD)/%): $(BUILD)/%: $(BUILD)/%.o $(library) $(gpu)
 	@echo '  link    $@'
-	$(Q)$(LINK) $^ $(link_flags) $(libraries) -o $@
-$(tools) $(benches): $(BUILD)/%: $(BUILD)/dev/%.o $(library)
+	$(Q)$(link) $(if $(gpu),$(CUDA_LIBRARIES)) -o $@
+$(BUILD)/simt/test_llama: $(tests) $(gpu_tests) $(simt_tests)
+$(simt_programs): %: %.o $(library) $(simt)
 	@echo '  link    $@'
-	$(Q)$(LINK) $^ $(link_flags) $(libraries) -o $@
+	$(Q)$(link) -o $@
+$(tools) $(cpu_benches:%=$(BUILD)/%): $(BUILD)/%: $(BUILD)/dev/%.o $(library)
+	@echo '  link    $@'
+	$(Q)$(link) -o $@
+$(ops:%=$(BUILD)/%): $(BUILD)/%: $(BUILD)/dev/%.o $(harness) $(library) $(or $(gpu),$(simt))
+	@echo '  link    $@'
+	$(Q)$(link) $(if $(gpu),$(CUDA_LIBRARIES)) -o $@
 
 # The programs in the root are those of the configuration asked for last. Hard links, since a program finds
 # dev/tiny_llama beside itself.
 $(programs): %: $(BUILD)/% FORCE
 	@[ $< -ef $@ ] || ln -f $< $@ 2>/dev/null || { cp -f $< $@.new && mv -f $@.new $@; }
 
--include $(wildcard $(BUILD)/*.d $(BUILD)/io/*.d $(BUILD)/tokenizer/*.d $(BUILD)/kernels/*.d $(BUILD)/kernels/cpu/*.d \
-                    $(BUILD)/dev/*.d $(BUILD)/dev/tests/*.d)
+-include $(wildcard $(patsubst %,$(BUILD)/%*.d,/ io/ tokenizer/ kernels/ kernels/cpu/ dev/ dev/tests/ \
+                    simt/ simt/kernels/ simt/dev/simt/))
 
 # ---- goals that are no files
 
-.PHONY: help all tools bench test test-peers lines clean FORCE
+.PHONY: help all tools bench simt test test-peers resources lines clean FORCE
 FORCE:
 
 help:
@@ -152,19 +207,28 @@ help:
 	@echo 'make train_llama   the trainer: ./train_llama -i data.jsonl -r 16'
 	@echo 'make test          every test that needs no Python'
 	@echo 'make test-peers    comparisons with PyTorch, PEFT, bitsandbytes, tokenizers (Python, a large download once)'
-	@echo 'make tools bench   the programs of dev/: dumps for the comparisons; kernel harnesses'
+	@echo 'make tools bench   the programs of dev/: dumps for the comparisons; kernel harnesses (dev/README.md)'
+	@echo 'make simt          both programs with the GPU kernels on the CPU, in build/release/simt/'
 	@echo 'make all           everything but the tests'"'"' run'
+	@echo 'make resources     CUDA_ARCH=all: registers, shared memory, spills of each kernel: dev/results/resources.md'
 	@echo 'make lines         lines per file; no file over 1,000 lines, no function over 120, includes where they belong'
 	@echo 'make clean         remove build/ and the programs'
 	@echo
 	@echo 'config=release|debug|sanitize|thread  NVCC= (no CUDA)  OPENMP= (one thread)  CUDA_ARCH=all|"80 90a"'
 
-all: $(programs) tools bench
+all: $(programs) simt tools bench
 tools: $(tools)
 bench: $(benches)
+simt: $(simt_programs)
 
-test: $(programs) tools
-	@scripts/tally.sh ./test_llama
+# The names of the kernels that ran are for scripts/kernels_tested.sh.
+test: $(programs) simt tools
+	@rm -f $(BUILD)/simt/kernels.txt
+	@scripts/tally.sh ./test_llama 'SIMT_KERNELS=$(BUILD)/simt/kernels.txt SIMT_STREAMS=queues \
+	    TRAIN_LLAMA_PROGRAM=$(BUILD)/simt/train_llama $(BUILD)/simt/test_llama gpu_ simt'
+
+resources: $(gpu)
+	@scripts/resources.py $(BUILD)
 
 test-peers:
 	+@MAKE='$(MAKE)' scripts/test_peers.sh

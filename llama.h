@@ -10,7 +10,6 @@
 // Letters: N tokens of a pass (whole documents in a row, no padding), L layers, C hidden, F ffn, NH query heads, NKV
 // key/value heads, HS head size, V vocabulary, R rank, OC output channels; QKV = (NH + 2 NKV) HS. d... = gradient.
 #pragma once
-#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <string>
@@ -136,36 +135,67 @@ inline size_t adapter_elements(const LlamaConfig& c, const LoraConfig& lora) {
 // ---------------------------------------------------------------------------------------------------------------------
 // list 3: the activations
 
-// What backward finds again and what it makes anew. FFN: gate_up is made again from mid; ATTN: qkv, attn and lse are
-// made again from the layer's input; FULL: both. The bits do not change.
+// What backward finds again of a layer; the rest it makes anew, to the same bits.
+//          resid, rstd1, xa    mid, rstd2, attn, lse    qkv      gate_up
+//   NONE   kept                kept                     kept     kept
+//   FFN    kept                kept                     kept     made from mid
+//   ATTN   kept                kept                     made     made
+//   FULL   kept                made                     made     made
 enum class Recompute { NONE, FFN, ATTN, FULL };
+
+// How many layers do which: the first ones NONE, the next FFN, and so on.
+struct RecomputePlan {
+    int layers[4] = {};
+};
+
+inline RecomputePlan recompute_everywhere(Recompute r, int L) {
+    RecomputePlan p;
+    p.layers[int(r)] = L;
+    return p;
+}
+
+// Layers that keep at least what `r` keeps; they are the first ones.
+inline int layers_keeping(const RecomputePlan& p, Recompute r) {
+    int n = 0;
+    for (int i = 0; i <= int(r); i++) {
+        n += p.layers[i];
+    }
+    return n;
+}
+
+inline Recompute recompute_of(const RecomputePlan& p, int l) {
+    return l < layers_keeping(p, Recompute::NONE)   ? Recompute::NONE
+           : l < layers_keeping(p, Recompute::FFN)  ? Recompute::FFN
+           : l < layers_keeping(p, Recompute::ATTN) ? Recompute::ATTN
+                                                    : Recompute::FULL;
+}
 
 template <class Dev>
 struct Activations {
     using X = typename Dev::floatX;
     using real = typename Dev::real;
-    // kept for backward: a copy for each layer, or one when it is recomputed
-    X* resid;     // (L+1, N, C)   input of layer l; the last: output of the last layer
-    X* mid;       // (L, N, C)     after attention's residual add
-    X* qkv;       // (L|1, N, QKV) rotated
-    X* attn;      // (L|1, N, NH HS)
-    real* lse;    // (L|1, NH, N)
-    X* gate_up;   // (L|1, N, 2F)
+    // for backward: a copy for each layer that keeps it (n), and one for all the others
+    X* resid;     // (L+1, N, C)    input of layer l; the last: output of the last layer
+    X* mid;       // (n, N, C)      after attention's residual add
+    X* qkv;       // (n, N, QKV)    rotated
+    X* attn;      // (n, N, NH HS | room)
+    real* lse;    // (n, NH, N)
+    X* gate_up;   // (n, N, 2F)
     real* rstd1;  // (L, N)
-    real* rstd2;  // (L, N)
-    real* rstd;   // (N)           of the final norm
+    real* rstd2;  // (n, N)
+    real* rstd;   // (N)            of the final norm
     X* xa[4];     // (L, N, R of the group)  A products of qkv, o, gate_up, down
     // gradients, one layer at a time
-    X* dresid;    // (N, C)
+    X* dresid;    // (N, C | room)
     X* dnorm;     // (N, C)
     X* dattn;     // (N, NH HS)
-    X* dqkv;      // (N, QKV)
+    X* dqkv;      // (N, QKV | room)
     X* dswiglu;   // (N, F)
-    X* dgate_up;  // (N, 2F)
+    X* dgate_up;  // (N, 2F | room)
     // of the batch
     int32_t* tokens;      // (N)
     int32_t* positions;   // (N)
-    int32_t* cu_seqlens;  // (N+1)
+    int32_t* documents;   // cu_seqlens, and what else the device wants to know of them
     uint32_t* example;    // (N)
     int32_t* rows;        // (N)  rows that have a label
     int32_t* labels;      // (N)  their labels
@@ -184,38 +214,50 @@ inline int group_rank(const LoraConfig& lora, int group) {
     return r;
 }
 
+// Elements from row to row of the buffers whose rows have room behind them for a group's adapter products.
+struct RowStrides {
+    size_t attn, dresid, dqkv, dgate_up;
+};
+
+template <class Dev>
+RowStrides row_strides(const LlamaConfig& c, const LoraConfig& lora) {
+    const auto room = [&](int g) { return Dev::row_room(group_rank(lora, g)); };
+    return {size_t(c.NH) * c.HS + room(O_GROUP), size_t(c.C) + std::max(room(O_GROUP), room(DOWN_GROUP)),
+            size_t(c.NH + 2 * c.NKV) * c.HS + room(QKV_GROUP), size_t(2) * c.F + room(GATE_UP_GROUP)};
+}
+
 // Calls v(name, pointer, copies, elements of a copy) for every activation of passes of up to N tokens. `backward` is
 // false for a model that only evaluates: then one layer's copy of everything serves all layers.
 template <class Dev, class Visitor>
-void each_activation(Activations<Dev>& a, const LlamaConfig& c, const LoraConfig& lora, size_t N, Recompute recompute,
-                     bool backward, Visitor&& v) {
+void each_activation(Activations<Dev>& a, const LlamaConfig& c, const LoraConfig& lora, size_t N,
+                     const RecomputePlan& recompute, bool backward, Visitor&& v) {
     const size_t QKV = size_t(c.NH + 2 * c.NKV) * c.HS, ATT = size_t(c.NH) * c.HS, L = c.L;
-    const size_t kept = backward ? L : 1;
-    const size_t kept_attn = recompute == Recompute::ATTN || recompute == Recompute::FULL ? 1 : kept;
-    const size_t kept_ffn = recompute == Recompute::FFN || recompute == Recompute::FULL ? 1 : kept;
+    const RowStrides stride = row_strides<Dev>(c, lora);
+    const size_t all = backward ? L : 1;
+    const auto kept = [&](Recompute r) { return backward ? std::min(L, size_t(layers_keeping(recompute, r)) + 1) : 1; };
     v("resid", a.resid, backward ? L + 1 : 2, N * c.C);
-    v("mid", a.mid, kept, N * c.C);
-    v("qkv", a.qkv, kept_attn, N * QKV);
-    v("attn", a.attn, kept_attn, N * ATT);
-    v("lse", a.lse, kept_attn, N * c.NH);
-    v("gate_up", a.gate_up, kept_ffn, N * 2 * c.F);
-    v("rstd1", a.rstd1, kept, N);
-    v("rstd2", a.rstd2, kept, N);
+    v("mid", a.mid, kept(Recompute::ATTN), N * c.C);
+    v("qkv", a.qkv, kept(Recompute::FFN), N * QKV);
+    v("attn", a.attn, kept(Recompute::ATTN), N * stride.attn);
+    v("lse", a.lse, kept(Recompute::ATTN), N * c.NH);
+    v("gate_up", a.gate_up, kept(Recompute::NONE), N * 2 * c.F);
+    v("rstd1", a.rstd1, all, N);
+    v("rstd2", a.rstd2, kept(Recompute::ATTN), N);
     v("rstd", a.rstd, size_t(1), N);
     const char* const xa_name[GROUPS] = {"xa_qkv", "xa_o", "xa_gate_up", "xa_down"};
     for (int g = 0; g < GROUPS; g++) {
-        v(xa_name[g], a.xa[g], kept, N * group_rank(lora, g));
+        v(xa_name[g], a.xa[g], all, N * group_rank(lora, g));
     }
     const size_t one = backward ? 1 : 0;
-    v("dresid", a.dresid, one, N * c.C);
+    v("dresid", a.dresid, one, N * stride.dresid);
     v("dnorm", a.dnorm, one, N * c.C);
     v("dattn", a.dattn, one, N * ATT);
-    v("dqkv", a.dqkv, one, N * QKV);
+    v("dqkv", a.dqkv, one, N * stride.dqkv);
     v("dswiglu", a.dswiglu, one, N * c.F);
-    v("dgate_up", a.dgate_up, one, N * 2 * c.F);
+    v("dgate_up", a.dgate_up, one, N * stride.dgate_up);
     v("tokens", a.tokens, size_t(1), N);
     v("positions", a.positions, size_t(1), N);
-    v("cu_seqlens", a.cu_seqlens, size_t(1), N + 1);
+    v("documents", a.documents, size_t(1), Dev::document_ints(N));
     v("example", a.example, size_t(1), N);
     v("rows", a.rows, size_t(1), N);
     v("labels", a.labels, size_t(1), N);
@@ -223,12 +265,18 @@ void each_activation(Activations<Dev>& a, const LlamaConfig& c, const LoraConfig
     v("correct", a.correct, size_t(1), N);
 }
 
+// Every allocation begins at a multiple of this.
+inline size_t placed_bytes(size_t bytes) {
+    return (bytes + 255) / 256 * 256;
+}
+
 template <class Dev>
-size_t activation_bytes(const LlamaConfig& c, const LoraConfig& lora, size_t N, Recompute recompute, bool backward) {
+size_t activation_bytes(const LlamaConfig& c, const LoraConfig& lora, size_t N, const RecomputePlan& recompute,
+                        bool backward) {
     Activations<Dev> a;
     size_t bytes = 0;
     each_activation(a, c, lora, N, recompute, backward, [&](const char*, auto*& p, size_t copies, size_t elements) {
-        bytes += copies * elements * sizeof(*p);
+        bytes += placed_bytes(copies * elements * sizeof(*p));
     });
     return bytes;
 }
@@ -241,11 +289,11 @@ enum Op { OP_EMBED, OP_NORM, OP_QKV, OP_ATTENTION, OP_O, OP_GATE_UP, OP_DOWN, OP
 inline const char* const op_name[OPS] = {"embedding", "rmsnorm", "qkv",    "attention", "o",
                                          "gate_up",   "down",    "swiglu", "head+loss", "adamw"};
 
-struct OpTimer {  // adds the time until the end of its scope
-    double& seconds;
-    std::chrono::steady_clock::time_point start = std::chrono::steady_clock::now();
-    explicit OpTimer(double& s) : seconds(s) {}
-    ~OpTimer() { seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(); }
+template <class Dev>
+struct OpTimer {  // adds the device's time until the end of its scope
+    Dev& dev;
+    OpTimer(Dev& d, double& seconds) : dev(d) { device_clock_start(dev, &seconds); }
+    ~OpTimer() { device_clock_stop(dev); }
 };
 
 template <class Dev>
@@ -258,7 +306,7 @@ struct Llama {
     Weights<real> w;
     Adapter<real> adapter;
     Activations<Dev> acts;
-    Recompute recompute = Recompute::NONE;
+    RecomputePlan recompute;
     bool backward = true;      // activations for backward are there
     size_t max_tokens = 0;     // of a pass
     size_t max_positions = 0;  // of a document
@@ -266,6 +314,7 @@ struct Llama {
     real* rope_sin = nullptr;
     std::vector<LinearGroup<real>> groups;  // (L, GROUPS)
     std::vector<void*> allocations;
+    size_t placed = 0;  // bytes of them
     double op_seconds[OPS] = {};
     uint64_t dropout_seed = 0;
 };
@@ -274,23 +323,31 @@ template <class Dev, class T>
 void llama_alloc(Llama<Dev>& m, T*& p, size_t elements, const char* what) {
     p = static_cast<T*>(device_alloc(m.dev, (elements > 0 ? elements : 1) * sizeof(T), what));
     m.allocations.push_back(p);
+    m.placed += placed_bytes(elements * sizeof(T));
 }
 
 // The four adapter buffers (gradients and moments zero, p not yet set) and the linear groups that point into them.
-// Weights must be in place.
+// Weights must be in place. paged: moments on the host, where the device has memory apart from it.
 template <class Dev>
-void llama_adapter_create(Llama<Dev>& m, const LoraConfig& lora) {
+void llama_adapter_create(Llama<Dev>& m, const LoraConfig& lora, bool paged = false) {
     using real = typename Dev::real;
     Adapter<real>& a = m.adapter;
     a.lora = lora;
     a.size = adapter_elements(m.c, lora);
     llama_alloc(m, a.p, a.size, "adapter");
     llama_alloc(m, a.g, a.size, "adapter gradients");
-    llama_alloc(m, a.m, a.size, "first moments");
-    llama_alloc(m, a.v, a.size, "second moments");
-    real* const buffers[] = {a.p, a.g, a.m, a.v};  // careful: nvcc 13 mangles a braced list inside a template's for
-    for (real* p : buffers) {
-        device_zero(m.dev, p, a.size * sizeof(real));
+    device_zero(m.dev, a.p, a.size * sizeof(real));
+    device_zero(m.dev, a.g, a.size * sizeof(real));
+    a.m = paged ? static_cast<real*>(device_alloc_host(m.dev, a.size * sizeof(real), "first moments")) : nullptr;
+    if (a.m != nullptr) {
+        a.v = static_cast<real*>(device_alloc_host(m.dev, a.size * sizeof(real), "second moments"));
+        moments_open(m.dev, a.m);
+        m.placed += moments_slab_bytes(m.dev);
+    } else {
+        llama_alloc(m, a.m, a.size, "first moments");
+        llama_alloc(m, a.v, a.size, "second moments");
+        device_zero(m.dev, a.m, a.size * sizeof(real));
+        device_zero(m.dev, a.v, a.size * sizeof(real));
     }
     m.groups.assign(size_t(m.c.L) * GROUPS, {});
     for (int l = 0; l < m.c.L; l++) {
@@ -342,12 +399,22 @@ size_t llama_workspace_bytes(const Llama<Dev>& m, size_t N, size_t longest) {
     for (int g = 0; g < GROUPS && !m.groups.empty(); g++) {
         bytes = std::max(bytes, linear_workspace(m.dev, m.groups[g], N));
     }
-    return std::max(bytes, classifier_workspace(m.dev, m.c.C, m.c.V, N));
+    return std::max({bytes, classifier_workspace(m.dev, m.c.C, m.c.V, N), optimizer_workspace(m.dev)});
+}
+
+// Bytes of memory for weights restored ahead, for passes of N tokens.
+template <class Dev>
+size_t llama_slot_bytes(const Llama<Dev>& m, size_t N) {
+    size_t bytes = 0;
+    for (int g = 0; g < GROUPS && !m.groups.empty(); g++) {
+        bytes = std::max(bytes, linear_slot_bytes(m.dev, m.groups[g], N));
+    }
+    return bytes;
 }
 
 // Activations for passes of up to N tokens, RoPE tables for documents of up to `longest`, the workspace.
 template <class Dev>
-void llama_activations_create(Llama<Dev>& m, size_t N, size_t longest, Recompute recompute, bool backward) {
+void llama_activations_create(Llama<Dev>& m, size_t N, size_t longest, const RecomputePlan& recompute, bool backward) {
     using real = typename Dev::real;
     m.max_tokens = N;
     m.max_positions = longest;
@@ -357,6 +424,7 @@ void llama_activations_create(Llama<Dev>& m, size_t N, size_t longest, Recompute
                     [&](const char* name, auto*& p, size_t copies, size_t elements) {
                         llama_alloc(m, p, copies * elements, name);
                     });
+    linear_slots_reserve(m.dev, llama_slot_bytes(m, N));
     device_reserve(m.dev, llama_workspace_bytes(m, N, longest));
     const size_t half = m.c.HS / 2;
     std::vector<float> inv_freq = llama_inv_freq(m.c);
@@ -390,16 +458,16 @@ void llama_free(Llama<Dev>& m) {
 template <class Dev>
 struct Pass {
     size_t N = 0;
-    int documents = 0;
+    Documents docs;
     Rope<typename Dev::real> rope;
     Dropout dropout;
     size_t n_labels = 0;
 };
 
-// Layer l's copy of an activation that has `copies` of them, each of max_tokens rows.
+// Layer l's copy of an activation of max_tokens rows that the layers up to `least` keep.
 template <class Dev, class T>
-T* layer_copy(const Llama<Dev>& m, T* base, int l, bool one_copy, size_t row) {
-    return base + (one_copy ? 0 : size_t(l)) * m.max_tokens * row;
+T* layer_copy(const Llama<Dev>& m, T* base, int l, Recompute least, size_t row) {
+    return base + (m.backward ? size_t(std::min(l, layers_keeping(m.recompute, least))) : 0) * m.max_tokens * row;
 }
 
 template <class Dev>
@@ -408,6 +476,7 @@ struct LayerActivations {  // the rows of layer l, and what the linears read
     using real = typename Dev::real;
     X *x, *next, *mid, *qkv, *attn, *gate_up, *xa[GROUPS];
     real *lse, *rstd1, *rstd2;
+    size_t attn_stride;
 };
 
 template <class Dev>
@@ -415,21 +484,21 @@ LayerActivations<Dev> layer_activations(const Llama<Dev>& m, int l) {
     const LlamaConfig& c = m.c;
     const Activations<Dev>& a = m.acts;
     const bool one = !m.backward;
-    const bool one_attn = one || m.recompute == Recompute::ATTN || m.recompute == Recompute::FULL;
-    const bool one_ffn = one || m.recompute == Recompute::FFN || m.recompute == Recompute::FULL;
+    const RowStrides stride = row_strides<Dev>(c, m.adapter.lora);
     LayerActivations<Dev> y;
     y.x = a.resid + (one ? size_t(l) % 2 : size_t(l)) * m.max_tokens * c.C;
     y.next = a.resid + (one ? size_t(l + 1) % 2 : size_t(l + 1)) * m.max_tokens * c.C;
-    y.mid = layer_copy(m, a.mid, l, one, c.C);
-    y.qkv = layer_copy(m, a.qkv, l, one_attn, size_t(c.NH + 2 * c.NKV) * c.HS);
-    y.attn = layer_copy(m, a.attn, l, one_attn, size_t(c.NH) * c.HS);
-    y.lse = layer_copy(m, a.lse, l, one_attn, c.NH);
-    y.gate_up = layer_copy(m, a.gate_up, l, one_ffn, size_t(2) * c.F);
-    y.rstd1 = layer_copy(m, a.rstd1, l, one, 1);
-    y.rstd2 = layer_copy(m, a.rstd2, l, one, 1);
+    y.mid = layer_copy(m, a.mid, l, Recompute::ATTN, c.C);
+    y.qkv = layer_copy(m, a.qkv, l, Recompute::FFN, size_t(c.NH + 2 * c.NKV) * c.HS);
+    y.attn = layer_copy(m, a.attn, l, Recompute::ATTN, stride.attn);
+    y.lse = layer_copy(m, a.lse, l, Recompute::ATTN, c.NH);
+    y.gate_up = layer_copy(m, a.gate_up, l, Recompute::NONE, size_t(2) * c.F);
+    y.rstd1 = layer_copy(m, a.rstd1, l, Recompute::FULL, 1);
+    y.rstd2 = layer_copy(m, a.rstd2, l, Recompute::ATTN, 1);
     for (int g = 0; g < GROUPS; g++) {
-        y.xa[g] = layer_copy(m, a.xa[g], l, one, group_rank(m.adapter.lora, g));
+        y.xa[g] = layer_copy(m, a.xa[g], l, Recompute::FULL, group_rank(m.adapter.lora, g));
     }
+    y.attn_stride = stride.attn;
     return y;
 }
 
@@ -448,20 +517,48 @@ LinearInput<X, Real> input_swiglu(const X* gate_up, size_t F) {
     return {LinearInput<X, Real>::SWIGLU, gate_up, 2 * F, nullptr, nullptr};
 }
 
+// The next linear group to be used, if there is one, so that a device can get its weights ready meanwhile.
 template <class Dev>
-void layer_qkv_attention(Llama<Dev>& m, const Pass<Dev>& p, int l) {
+void prefetch(Llama<Dev>& m, const Pass<Dev>& p, int l, Group g) {
+    if (l >= 0 && l < m.c.L) {
+        linear_prefetch(m.dev, m.groups[size_t(l) * GROUPS + g], p.N);
+    }
+}
+
+template <class Dev>
+void layer_qkv(Llama<Dev>& m, const Pass<Dev>& p, int l) {
     using X = typename Dev::floatX;
     using real = typename Dev::real;
     LayerActivations<Dev> y = layer_activations(m, l);
     const LinearGroup<real>& group = m.groups[size_t(l) * GROUPS + QKV_GROUP];
+    OpTimer t(m.dev, m.op_seconds[OP_QKV]);
+    linear_forward(m.dev, y.qkv, group.OC, y.xa[QKV_GROUP],
+                   input_rmsnorm<X, real>(y.x, m.c.C, y.rstd1, m.w.layers[l].norm1), group, p.N,
+                   static_cast<const X*>(nullptr), &p.rope, p.dropout);
+}
+
+// From the layer's input to mid and its rstd.
+template <class Dev>
+void layer_attention(Llama<Dev>& m, const Pass<Dev>& p, int l) {
+    using X = typename Dev::floatX;
+    using real = typename Dev::real;
+    const LlamaConfig& c = m.c;
+    LayerActivations<Dev> y = layer_activations(m, l);
+    layer_qkv(m, p, l);
+    prefetch(m, p, l, O_GROUP);
     {
-        OpTimer t(m.op_seconds[OP_QKV]);
-        linear_forward(m.dev, y.qkv, group.OC, y.xa[QKV_GROUP],
-                       input_rmsnorm<X, real>(y.x, m.c.C, y.rstd1, m.w.layers[l].norm1), group, p.N,
-                       static_cast<const X*>(nullptr), &p.rope, p.dropout);
+        OpTimer t(m.dev, m.op_seconds[OP_ATTENTION]);
+        attention_forward(m.dev, y.attn, y.attn_stride, y.lse, y.qkv, p.docs, p.N, c.NH, c.NKV, c.HS);
     }
-    OpTimer t(m.op_seconds[OP_ATTENTION]);
-    attention_forward(m.dev, y.attn, y.lse, y.qkv, m.acts.cu_seqlens, p.documents, p.N, m.c.NH, m.c.NKV, m.c.HS);
+    {
+        OpTimer t(m.dev, m.op_seconds[OP_O]);
+        linear_forward(m.dev, y.mid, c.C, y.xa[O_GROUP], input_plain<X, real>(y.attn, y.attn_stride),
+                       m.groups[size_t(l) * GROUPS + O_GROUP], p.N, y.x, static_cast<const Rope<real>*>(nullptr),
+                       p.dropout);
+    }
+    prefetch(m, p, l, GATE_UP_GROUP);
+    OpTimer t(m.dev, m.op_seconds[OP_NORM]);
+    rmsnorm_rstd(m.dev, y.rstd2, y.mid, p.N, c.C, c.rms_eps);
 }
 
 template <class Dev>
@@ -470,10 +567,13 @@ void layer_gate_up(Llama<Dev>& m, const Pass<Dev>& p, int l) {
     using real = typename Dev::real;
     LayerActivations<Dev> y = layer_activations(m, l);
     const LinearGroup<real>& group = m.groups[size_t(l) * GROUPS + GATE_UP_GROUP];
-    OpTimer t(m.op_seconds[OP_GATE_UP]);
-    linear_forward(m.dev, y.gate_up, group.OC, y.xa[GATE_UP_GROUP],
-                   input_rmsnorm<X, real>(y.mid, m.c.C, y.rstd2, m.w.layers[l].norm2), group, p.N,
-                   static_cast<const X*>(nullptr), static_cast<const Rope<real>*>(nullptr), p.dropout);
+    {
+        OpTimer t(m.dev, m.op_seconds[OP_GATE_UP]);
+        linear_forward(m.dev, y.gate_up, group.OC, y.xa[GATE_UP_GROUP],
+                       input_rmsnorm<X, real>(y.mid, m.c.C, y.rstd2, m.w.layers[l].norm2), group, p.N,
+                       static_cast<const X*>(nullptr), static_cast<const Rope<real>*>(nullptr), p.dropout);
+    }
+    prefetch(m, p, l, DOWN_GROUP);
 }
 
 template <class Dev>
@@ -482,25 +582,19 @@ void layer_forward(Llama<Dev>& m, const Pass<Dev>& p, int l) {
     using real = typename Dev::real;
     const LlamaConfig& c = m.c;
     LayerActivations<Dev> y = layer_activations(m, l);
-    const Rope<real>* no_rope = nullptr;
     {
-        OpTimer t(m.op_seconds[OP_NORM]);
+        OpTimer t(m.dev, m.op_seconds[OP_NORM]);
         rmsnorm_rstd(m.dev, y.rstd1, y.x, p.N, c.C, c.rms_eps);
     }
-    layer_qkv_attention(m, p, l);
-    {
-        OpTimer t(m.op_seconds[OP_O]);
-        linear_forward(m.dev, y.mid, c.C, y.xa[O_GROUP], input_plain<X, real>(y.attn, size_t(c.NH) * c.HS),
-                       m.groups[size_t(l) * GROUPS + O_GROUP], p.N, y.x, no_rope, p.dropout);
-    }
-    {
-        OpTimer t(m.op_seconds[OP_NORM]);
-        rmsnorm_rstd(m.dev, y.rstd2, y.mid, p.N, c.C, c.rms_eps);
-    }
+    layer_attention(m, p, l);
     layer_gate_up(m, p, l);
-    OpTimer t(m.op_seconds[OP_DOWN]);
-    linear_forward(m.dev, y.next, c.C, y.xa[DOWN_GROUP], input_swiglu<X, real>(y.gate_up, c.F),
-                   m.groups[size_t(l) * GROUPS + DOWN_GROUP], p.N, y.mid, no_rope, p.dropout);
+    {
+        OpTimer t(m.dev, m.op_seconds[OP_DOWN]);
+        linear_forward(m.dev, y.next, c.C, y.xa[DOWN_GROUP], input_swiglu<X, real>(y.gate_up, c.F),
+                       m.groups[size_t(l) * GROUPS + DOWN_GROUP], p.N, y.mid, static_cast<const Rope<real>*>(nullptr),
+                       p.dropout);
+    }
+    prefetch(m, p, l + 1, QKV_GROUP);
 }
 
 // The pass up to the last layer's output and its rstd. step and dropout_p are for dropout (p = 0 in evaluation).
@@ -510,12 +604,11 @@ Pass<Dev> llama_forward(Llama<Dev>& m, const Batch& b, uint32_t step, float drop
     Activations<Dev>& a = m.acts;
     Pass<Dev> p;
     p.N = b.size();
-    p.documents = int(b.cu_seqlens.size()) - 1;
     p.rope = {m.rope_cos, m.rope_sin, a.positions, c.NH + c.NKV, c.HS};
     p.dropout = {dropout_p, m.dropout_seed, step, a.example, a.positions};
     device_to(m.dev, a.tokens, b.tokens.data(), p.N * sizeof(int32_t));
     device_to(m.dev, a.positions, b.positions.data(), p.N * sizeof(int32_t));
-    device_to(m.dev, a.cu_seqlens, b.cu_seqlens.data(), b.cu_seqlens.size() * sizeof(int32_t));
+    p.docs = documents_place(m.dev, a.documents, b.cu_seqlens.data(), int(b.cu_seqlens.size()) - 1, c.HS);
     device_to(m.dev, a.example, b.example.data(), p.N * sizeof(uint32_t));
     std::vector<int32_t> rows, labels;  // compacted: the head never sees a row without a label
     for (size_t i = 0; i < p.N; i++) {
@@ -528,13 +621,13 @@ Pass<Dev> llama_forward(Llama<Dev>& m, const Batch& b, uint32_t step, float drop
     device_to(m.dev, a.rows, rows.data(), rows.size() * sizeof(int32_t));
     device_to(m.dev, a.labels, labels.data(), labels.size() * sizeof(int32_t));
     {
-        OpTimer t(m.op_seconds[OP_EMBED]);
+        OpTimer t(m.dev, m.op_seconds[OP_EMBED]);
         embedding_forward(m.dev, a.resid, a.tokens, m.w.embed, p.N);
     }
     for (int l = 0; l < c.L; l++) {
         layer_forward(m, p, l);
     }
-    OpTimer t(m.op_seconds[OP_NORM]);
+    OpTimer t(m.dev, m.op_seconds[OP_NORM]);
     rmsnorm_rstd(m.dev, a.rstd, layer_activations(m, c.L - 1).next, p.N, c.C, c.rms_eps);
     return p;
 }
@@ -556,7 +649,7 @@ template <class Dev>
 PassLoss llama_loss(Llama<Dev>& m, const Pass<Dev>& p, bool backward, double scale) {
     using X = typename Dev::floatX;
     using real = typename Dev::real;
-    OpTimer t(m.op_seconds[OP_HEAD]);
+    OpTimer t(m.dev, m.op_seconds[OP_HEAD]);
     Activations<Dev>& a = m.acts;
     classifier(m.dev, a.losses, a.correct, backward ? a.dnorm : static_cast<X*>(nullptr), head_input(m), m.w.head,
                a.rows, a.labels, p.n_labels, p.N, real(scale));
@@ -573,6 +666,13 @@ PassLoss llama_loss(Llama<Dev>& m, const Pass<Dev>& p, bool backward, double sca
     return sum;
 }
 
+// The linear group that backward of layer l begins with.
+template <class Dev>
+Group backward_first(const Llama<Dev>& m, int l) {
+    const Recompute policy = recompute_of(m.recompute, l);
+    return policy == Recompute::NONE ? DOWN_GROUP : policy == Recompute::FULL ? QKV_GROUP : GATE_UP_GROUP;
+}
+
 template <class Dev>
 void layer_backward(Llama<Dev>& m, const Pass<Dev>& p, int l) {
     using X = typename Dev::floatX;
@@ -581,52 +681,61 @@ void layer_backward(Llama<Dev>& m, const Pass<Dev>& p, int l) {
     Activations<Dev>& a = m.acts;
     LayerActivations<Dev> y = layer_activations(m, l);
     const LinearGroup<real>* group = &m.groups[size_t(l) * GROUPS];
+    const RowStrides stride = row_strides<Dev>(c, m.adapter.lora);
+    const Recompute policy = recompute_of(m.recompute, l);
     const Rope<real>* no_rope = nullptr;
-    if (m.recompute == Recompute::FFN || m.recompute == Recompute::FULL) {
+    if (policy == Recompute::FULL) {
+        layer_attention(m, p, l);
+    }
+    if (policy != Recompute::NONE) {
         layer_gate_up(m, p, l);
     }
     {
-        OpTimer t(m.op_seconds[OP_DOWN]);
-        linear_backward(m.dev, a.dswiglu, a.dresid, c.C, input_swiglu<X, real>(y.gate_up, c.F), group[DOWN_GROUP],
-                        y.xa[DOWN_GROUP], p.N, no_rope, p.dropout);
+        OpTimer t(m.dev, m.op_seconds[OP_DOWN]);
+        linear_backward(m.dev, a.dswiglu, a.dresid, stride.dresid, input_swiglu<X, real>(y.gate_up, c.F),
+                        group[DOWN_GROUP], y.xa[DOWN_GROUP], p.N, no_rope, p.dropout);
+    }
+    prefetch(m, p, l, GATE_UP_GROUP);
+    {
+        OpTimer t(m.dev, m.op_seconds[OP_SWIGLU]);
+        swiglu_backward(m.dev, a.dgate_up, stride.dgate_up, a.dswiglu, y.gate_up, p.N, c.F);
     }
     {
-        OpTimer t(m.op_seconds[OP_SWIGLU]);
-        swiglu_backward(m.dev, a.dgate_up, a.dswiglu, y.gate_up, p.N, c.F);
-    }
-    {
-        OpTimer t(m.op_seconds[OP_GATE_UP]);
-        linear_backward(m.dev, a.dnorm, a.dgate_up, size_t(2) * c.F,
+        OpTimer t(m.dev, m.op_seconds[OP_GATE_UP]);
+        linear_backward(m.dev, a.dnorm, a.dgate_up, stride.dgate_up,
                         input_rmsnorm<X, real>(y.mid, c.C, y.rstd2, m.w.layers[l].norm2), group[GATE_UP_GROUP],
                         y.xa[GATE_UP_GROUP], p.N, no_rope, p.dropout);
     }
+    prefetch(m, p, l, O_GROUP);
     {
-        OpTimer t(m.op_seconds[OP_NORM]);
-        rmsnorm_backward(m.dev, a.dresid, a.dnorm, y.mid, y.rstd2, m.w.layers[l].norm2, p.N, c.C);
-    }
-    if (m.recompute == Recompute::ATTN || m.recompute == Recompute::FULL) {
-        layer_qkv_attention(m, p, l);
+        OpTimer t(m.dev, m.op_seconds[OP_NORM]);
+        rmsnorm_backward(m.dev, a.dresid, stride.dresid, a.dnorm, y.mid, y.rstd2, m.w.layers[l].norm2, p.N, c.C);
     }
     {
-        OpTimer t(m.op_seconds[OP_O]);
-        linear_backward(m.dev, a.dattn, a.dresid, c.C, input_plain<X, real>(y.attn, size_t(c.NH) * c.HS),
+        OpTimer t(m.dev, m.op_seconds[OP_O]);
+        linear_backward(m.dev, a.dattn, a.dresid, stride.dresid, input_plain<X, real>(y.attn, y.attn_stride),
                         group[O_GROUP], y.xa[O_GROUP], p.N, no_rope, p.dropout);
     }
+    prefetch(m, p, l, QKV_GROUP);
+    if (policy == Recompute::ATTN) {
+        layer_qkv(m, p, l);
+    }
     {
-        OpTimer t(m.op_seconds[OP_ATTENTION]);
-        attention_backward(m.dev, a.dqkv, a.dattn, y.attn, y.lse, y.qkv, a.cu_seqlens, p.documents, p.N, c.NH, c.NKV,
-                           c.HS);
+        OpTimer t(m.dev, m.op_seconds[OP_ATTENTION]);
+        attention_backward(m.dev, a.dqkv, stride.dqkv, a.dattn, y.attn, y.attn_stride, y.lse, y.qkv, p.docs, p.N, c.NH,
+                           c.NKV, c.HS);
     }
     X* din = l > 0 ? a.dnorm : nullptr;  // nothing below the first layer is trained
     {
-        OpTimer t(m.op_seconds[OP_QKV]);
-        linear_backward(m.dev, din, a.dqkv, group[QKV_GROUP].OC,
+        OpTimer t(m.dev, m.op_seconds[OP_QKV]);
+        linear_backward(m.dev, din, a.dqkv, stride.dqkv,
                         input_rmsnorm<X, real>(y.x, c.C, y.rstd1, m.w.layers[l].norm1), group[QKV_GROUP],
                         y.xa[QKV_GROUP], p.N, &p.rope, p.dropout);
     }
+    prefetch(m, p, l - 1, backward_first(m, l - 1));
     if (l > 0) {
-        OpTimer t(m.op_seconds[OP_NORM]);
-        rmsnorm_backward(m.dev, a.dresid, a.dnorm, y.x, y.rstd1, m.w.layers[l].norm1, p.N, c.C);
+        OpTimer t(m.dev, m.op_seconds[OP_NORM]);
+        rmsnorm_backward(m.dev, a.dresid, stride.dresid, a.dnorm, y.x, y.rstd1, m.w.layers[l].norm1, p.N, c.C);
     }
 }
 
@@ -635,10 +744,12 @@ template <class Dev>
 void llama_backward(Llama<Dev>& m, const Pass<Dev>& p) {
     const LlamaConfig& c = m.c;
     Activations<Dev>& a = m.acts;
+    adamw_prefetch(m.dev, m.adapter.m, m.adapter.v, m.adapter.size);
     {
-        OpTimer t(m.op_seconds[OP_NORM]);
-        device_zero(m.dev, a.dresid, p.N * c.C * sizeof(*a.dresid));
-        rmsnorm_backward(m.dev, a.dresid, a.dnorm, layer_activations(m, c.L - 1).next, a.rstd, m.w.final_norm, p.N,
+        OpTimer t(m.dev, m.op_seconds[OP_NORM]);
+        const size_t stride = row_strides<Dev>(c, m.adapter.lora).dresid;
+        device_zero(m.dev, a.dresid, p.N * stride * sizeof(*a.dresid));
+        rmsnorm_backward(m.dev, a.dresid, stride, a.dnorm, layer_activations(m, c.L - 1).next, a.rstd, m.w.final_norm, p.N,
                          c.C);
     }
     for (int l = c.L - 1; l >= 0; l--) {
@@ -656,14 +767,15 @@ void llama_zero_gradients(Llama<Dev>& m) {
 
 template <class Dev>
 double llama_gradient_norm(Llama<Dev>& m) {
-    OpTimer t(m.op_seconds[OP_ADAMW]);
+    OpTimer t(m.dev, m.op_seconds[OP_ADAMW]);
     return std::sqrt(sum_squares(m.dev, m.adapter.g, m.adapter.size));
 }
 
+// False: an element of A or B is not finite any more.
 template <class Dev>
-void llama_update(Llama<Dev>& m, const AdamW& rates) {
-    OpTimer t(m.op_seconds[OP_ADAMW]);
-    adamw_update(m.dev, m.adapter.p, m.adapter.m, m.adapter.v, m.adapter.g, m.adapter.size, rates);
+bool llama_update(Llama<Dev>& m, const AdamW& rates) {
+    OpTimer t(m.dev, m.op_seconds[OP_ADAMW]);
+    return m.adapter.size == adamw_update(m.dev, m.adapter.p, m.adapter.m, m.adapter.v, m.adapter.g, m.adapter.size, rates);
 }
 
 // The name of the adapter tensor whose gradient holds the first non-finite value; "" when all are finite.

@@ -20,7 +20,78 @@ constexpr size_t LOAD_CHUNK = size_t(4) << 20;  // elements; a multiple of a blo
 struct BaseOptions {
     bool nf4 = true;
     bool double_quant = true;
+    bool host_embed = false;  // the embedding stays on the host's side of a device that has memory of its own
 };
+
+inline Store dtype_store(const std::string& dtype) {  // as a tensor's or a config's dtype is spelled
+    return dtype == "F32" || dtype == "float32" ? Store::F32 : dtype == "F16" || dtype == "float16" ? Store::F16
+                                                                                                    : Store::BF16;
+}
+
+inline size_t store_bytes(Store s) {  // of an element; not for NF4
+    return s == Store::F32 ? 4 : 2;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// the base without its weights, for plans
+
+// A matrix as it will be held, without memory.
+template <class Dev>
+Matrix base_matrix(const Dev& dev, const LlamaConfig& c, const BaseOptions& options, bool linear, int rows, int cols) {
+    Matrix w;
+    w.rows = rows;
+    w.cols = cols;
+    w.store = linear && (options.nf4 || c.bnb_nf4) ? Store::NF4 : device_store(dev, dtype_store(c.dtype));
+    w.packed = w.store == Store::NF4 && nf4_packs(dev, w);
+    return w;
+}
+
+// Rows of an embedding that is not the head too can be gathered over the bus.
+inline bool is_host_embed(const LlamaConfig& c, const BaseOptions& options, const std::string& name) {
+    return options.host_embed && !c.tied && name == "model.embed_tokens.weight";
+}
+
+template <class Dev>
+struct BaseBytes {
+    const Dev& dev;
+    const LlamaConfig& c;
+    BaseOptions options;
+    size_t bytes = 0, load_workspace = 0;
+
+    void matrix(const std::string& name, Matrix&, int rows, int cols, bool linear) {
+        const Matrix w = base_matrix(dev, c, options, linear, rows, cols);
+        if (w.store != Store::NF4) {
+            bytes += is_host_embed(c, options, name) ? 0 : placed_bytes(w.elements() * store_bytes(w.store));
+            return;
+        }
+        bytes += placed_bytes((w.elements() + 1) / 2);
+        bytes += options.double_quant ? placed_bytes(w.blocks()) + placed_bytes((w.blocks() + 255) / 256 * 4) +
+                                            placed_bytes(256 * 4)
+                                      : placed_bytes(w.blocks() * 4);
+        load_workspace = std::max(load_workspace, nf4_load_workspace(dev, w.elements(), LOAD_CHUNK));
+    }
+    void vector(const std::string&, typename Dev::real*&, int n) {
+        bytes += placed_bytes(size_t(n) * sizeof(typename Dev::real));
+    }
+};
+
+template <class Dev>
+BaseBytes<Dev> base_measure(const Dev& dev, const LlamaConfig& c, const BaseOptions& options) {
+    BaseBytes<Dev> b{dev, c, options};
+    Weights<typename Dev::real> none;
+    each_weight(none, c, b);
+    return b;
+}
+
+// Bytes of the base as held; of workspace that reading it needs.
+template <class Dev>
+size_t base_bytes(const Dev& dev, const LlamaConfig& c, const BaseOptions& options) {
+    return base_measure(dev, c, options).bytes;
+}
+template <class Dev>
+size_t load_workspace(const Dev& dev, const LlamaConfig& c, const BaseOptions& options) {
+    return base_measure(dev, c, options).load_workspace;
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // reading the base
@@ -198,26 +269,39 @@ struct LoadWeights {
     }
 
     Error matrix_plain(const Tensor& t, Matrix& w) {
-        w.store = t.dtype == "F32" ? Store::F32 : t.dtype == "F16" ? Store::F16 : Store::BF16;
-        const size_t width = dtype_bytes(t.dtype);
-        uint8_t* p = place<uint8_t>(w.elements() * width, t.name);
+        const Store stored = dtype_store(t.dtype);
+        w.store = device_store(m.dev, stored);
+        const size_t width = store_bytes(w.store), bytes = w.elements() * width;
+        void* host = is_host_embed(m.c, options, t.name) ? device_alloc_host(m.dev, bytes, "the embedding") : nullptr;
+        uint8_t* p = host != nullptr ? static_cast<uint8_t*>(host) : place<uint8_t>(bytes, t.name);
         w.data = p;
-        return tensor_stream(r, t, [&](const void* raw, const float*, uint64_t first, size_t count) {
-            device_to(m.dev, p + first * width, raw, count * width);
+        std::vector<bf16> rounded;
+        return tensor_stream(r, t, [&](const void* raw, const float* x, uint64_t first, size_t count) {
+            if (w.store != stored && w.store == Store::BF16) {
+                rounded.resize(count);
+                std::transform(x, x + count, rounded.begin(), to_bf16);
+            }
+            device_to(m.dev, p + first * width,
+                      w.store == stored      ? raw
+                      : w.store == Store::F32 ? static_cast<const void*>(x)
+                                              : rounded.data(),
+                      count * width);
         });
     }
 
     Error matrix_nf4(const Tensor& t, Matrix& w) {
         uint8_t* codes = place<uint8_t>((w.elements() + 1) / 2, t.name);
-        std::vector<uint8_t> packed(LOAD_CHUNK / 2);
         std::vector<float> absmax(w.blocks());
         Error e = tensor_stream(r, t, [&](const void*, const float* x, uint64_t first, size_t count) {
-            nf4_quantize(packed.data(), absmax.data() + first / 64, x, count, m.dev.threads);
-            device_to(m.dev, codes + first / 2, packed.data(), (count + 1) / 2);
+            nf4_quantize(m.dev, codes + first / 2, absmax.data() + first / 64, x, count);
         });
         w.store = Store::NF4;
         w.codes = codes;
-        return e ? e : (set_absmax(w, absmax, t.name), Error());
+        if (!e) {
+            set_absmax(w, absmax, t.name);
+            nf4_pack(m.dev, w);
+        }
+        return e;
     }
 
     void set_absmax(Matrix& w, const std::vector<float>& absmax, const std::string& name) {
@@ -267,6 +351,9 @@ struct LoadWeights {
             device_to(m.dev, map, q.nested_map, sizeof(q.nested_map));
             w.map8 = map;
             r.chunk_hashes += sha256_hex(q.nested_map, sizeof(q.nested_map)) + sha256_hex(&q.offset, sizeof(q.offset));
+        }
+        if (!e) {
+            nf4_pack(m.dev, w);
         }
         return e;
     }
@@ -325,6 +412,7 @@ template <class Dev>
 Error llama_load(Llama<Dev>& m, std::string* hash, std::vector<std::string>& warnings, const std::string& model_dir,
                  const BaseOptions& options) {
     BaseReader r;
+    device_reserve(m.dev, load_workspace(m.dev, m.c, options));
     if (m.c.bnb_nf4 && !options.nf4) {
         return bad_input("%s: the checkpoint is already quantised to NF4, --quant none is not possible",
                          model_dir.c_str())
@@ -354,17 +442,6 @@ Error llama_load(Llama<Dev>& m, std::string* hash, std::vector<std::string>& war
     }
     safetensors_close(r.st);
     return e;
-}
-
-// Bytes of the base as held, without reading it: matrices other than the seven linears keep `dtype`'s width.
-inline size_t base_bytes(const LlamaConfig& c, const BaseOptions& options, const std::string& dtype) {
-    const size_t width = dtype == "float32" || dtype == "F32" ? 4 : 2;
-    size_t linears = linear_parameters(c), rest = model_parameters(c) - linears;
-    if (!options.nf4 && !c.bnb_nf4) {
-        return (linears + rest) * width;
-    }
-    double absmax = options.double_quant ? 1 + 4 / 256.0 : 4;
-    return rest * width + linears / 2 + size_t(double(linears) / 64 * absmax);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -402,19 +479,27 @@ struct RandomWeights {
             w.codes = codes;
             LoadWeights<Dev> load{m, unused, options, {}};
             load.set_absmax(w, std::vector<float>(w.blocks(), float(sigma / 0.55)), name);  // 0.55: the codes' rms
+            nf4_pack(m.dev, w);
             return;
         }
-        bf16* p;
-        llama_alloc(m, p, w.elements(), name.c_str());
-        fill(reinterpret_cast<uint8_t*>(p), w.elements() * 2, [&](size_t i, void* out) {
-            uint64_t bits = random_bits(1, STREAM_WEIGHTS, tensor, i);
+        w.store = device_store(m.dev, Store::BF16);
+        const bool half = w.store == Store::BF16;
+        const size_t bytes = w.elements() * store_bytes(w.store);
+        uint8_t* p = static_cast<uint8_t*>(
+            is_host_embed(m.c, options, name) ? device_alloc_host(m.dev, bytes, "the embedding") : nullptr);
+        if (p == nullptr) {
+            llama_alloc(m, p, bytes, name.c_str());
+        }
+        fill(p, w.elements() * store_bytes(w.store), [&](size_t i, void* out) {
+            uint64_t bits = random_bits(1, STREAM_WEIGHTS, tensor, half ? i : i / 2);
             bf16 x[4];
+            float f[4];
             for (int j = 0; j < 4; j++) {
                 x[j] = to_bf16(float((double(uint16_t(bits >> (16 * j))) / 65535 - 0.5) * sigma * std::sqrt(12.0)));
+                f[j] = to_float(x[j]);
             }
-            memcpy(out, x, 8);
+            memcpy(out, half ? static_cast<const void*>(x) : f + i % 2 * 2, 8);
         });
-        w.store = Store::BF16;
         w.data = p;
     }
 
@@ -424,9 +509,11 @@ struct RandomWeights {
         std::vector<uint8_t> host(size_t(1) << 20);
         for (size_t first = 0; first < bytes; first += host.size()) {
             size_t count = std::min(host.size(), bytes - first);
-            for (size_t i = 0; i < count; i += 8) {
-                make((first + i) / 8, host.data() + i);
-            }
+            parallel_ranges(m.dev.threads, (count + 7) / 8, 1024, [&](size_t begin, size_t end, int) {
+                for (size_t i = begin; i < end; i++) {
+                    make(first / 8 + i, host.data() + i * 8);
+                }
+            });
             device_to(m.dev, device_p + first, host.data(), count);
         }
     }
@@ -436,6 +523,7 @@ struct RandomWeights {
 
 template <class Dev>
 void llama_random(Llama<Dev>& m, const BaseOptions& options) {
+    device_reserve(m.dev, load_workspace(m.dev, m.c, options));
     RandomWeights<Dev> random{m, options, 0, {}};
     each_weight(m.w, m.c, random);
     if (m.c.tied) {

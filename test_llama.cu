@@ -16,7 +16,12 @@ extern const Test options_tests[], run_tests[];
 extern const Test tokenizer_tests[], tokenizer_files_tests[], records_tests[], chat_tests[], pack_tests[];
 extern const Test random_tests[], elementwise_tests[], attention_tests[], adamw_tests[];
 extern const Test linear_tests[], nf4_tests[], classifier_tests[];
-extern const Test convert_tests[], model_tests[], schedule_tests[], load_tests[], trainer_tests[], bad_inputs_tests[];
+extern const Test convert_tests[], model_tests[], plan_tests[], schedule_tests[], load_tests[], trainer_tests[];
+extern const Test bad_inputs_tests[];
+extern const Test gpu_device_tests[], gpu_elementwise_tests[], gpu_classifier_tests[], gpu_adamw_tests[];
+extern const Test gpu_attention_tests[], gpu_nf4_tests[], gpu_matmul_tests[], gpu_linear_tests[], gpu_paged_tests[];
+extern const Test gpu_model_tests[], gpu_trainer_tests[];
+extern const Test simt_tests[];  // HAVE_GPU 2: this program has the stand-in of dev/simt
 
 static const struct {
     const char* name;
@@ -44,10 +49,27 @@ static const struct {
     {"classifier", classifier_tests, false},
     {"convert", convert_tests, false},
     {"model", model_tests, false},
+    {"plan", plan_tests, false},
     {"schedule", schedule_tests, false},
     {"load", load_tests, false},
     {"trainer", trainer_tests, true},
     {"bad_inputs", bad_inputs_tests, true},
+#if HAVE_GPU
+    {"gpu_device", gpu_device_tests, false},
+    {"gpu_elementwise", gpu_elementwise_tests, false},
+    {"gpu_classifier", gpu_classifier_tests, false},
+    {"gpu_adamw", gpu_adamw_tests, false},
+    {"gpu_attention", gpu_attention_tests, false},
+    {"gpu_nf4", gpu_nf4_tests, false},
+    {"gpu_matmul", gpu_matmul_tests, false},
+    {"gpu_linear", gpu_linear_tests, false},
+    {"gpu_paged", gpu_paged_tests, false},
+    {"gpu_model", gpu_model_tests, false},
+    {"gpu_trainer", gpu_trainer_tests, true},
+#endif
+#if HAVE_GPU == 2
+    {"simt", simt_tests, false},
+#endif
 };
 
 static bool wanted(const std::string& name, const std::vector<std::string>& parts) {

@@ -1,7 +1,7 @@
 // Checkpoints of a run: what state.json holds, saving, the checks before a resume, restoring. Whole-or-absent writing
 // and hashes are io/run.h's.
 #pragma once
-#include "train_run.h"
+#include "train_device.h"
 
 inline Json fingerprints(const Run& run) {
     Json j = Json::object();
@@ -43,9 +43,10 @@ Error checkpoint_save(Run& run, Llama<Dev>& m, bool regular) {
     state.set("fingerprints", fingerprints(run)).set("resolved", resolved_settings(run)).set("val", run.val.hash);
     state.set("execution", Json::object()
                                .set("pass_tokens", run.plan.pass_tokens)
-                               .set("recompute", recompute_name(run.plan.recompute))
-                               .set("device", "cpu")
-                               .set("tier", m.dev.isa->name)
+                               .set("recompute", recompute_text(run.plan.recompute))
+                               .set("gemm", gemm_name(run.plan.gemm))
+                               .set("device", device_kind(m.dev))
+                               .set("tier", device_tier(m.dev))
                                .set("program", train_llama_version));
     state.set("first_loss", run.first_loss).set("last_loss", run.last_loss).set("window_loss", run.window_loss);
     state.set("window_steps", run.window_steps);
@@ -61,6 +62,7 @@ Error checkpoint_save(Run& run, Llama<Dev>& m, bool regular) {
     std::vector<float> values;
     std::vector<bf16> rounded;
     std::vector<float> moment1(m.adapter.size), moment2(m.adapter.size);
+    moments_settle(m.dev);
     device_from(m.dev, moment1.data(), m.adapter.m, moment1.size() * 4);
     device_from(m.dev, moment2.data(), m.adapter.v, moment2.size() * 4);
     std::vector<CheckpointFile> files(4);
@@ -169,6 +171,7 @@ Error checkpoint_restore(Llama<Dev>& m, const Checkpoint& checkpoint) {
         error = tensor_stream(r, *t, [&](const void*, const float* x, uint64_t first, size_t count) {
             std::copy(x, x + count, host.begin() + first);
         });
+        moments_settle(m.dev);
         device_to(m.dev, name[7] == '\0' ? m.adapter.m : m.adapter.v, host.data(), host.size() * sizeof(real));
         if (error) {
             break;

@@ -7,7 +7,6 @@
 #include <new>
 
 #include "kernels/cpu/parallel.h"
-#include "kernels/cpu/peak.h"
 #include "train_checkpoint.h"
 
 static volatile sig_atomic_t stop_signal = 0;
@@ -57,26 +56,33 @@ static Json log_plan(const Plan& p) {
     Json j = Json::object();
     j.set("event", "plan").set("weights_bytes", p.weights).set("adapter_bytes", p.adapter);
     j.set("optimizer_bytes", p.optimizer).set("activation_bytes", p.activations);  // the workspace goes by the threads
-    j.set("pass_tokens", p.pass_tokens).set("recompute", recompute_name(p.recompute));
+    j.set("pass_tokens", p.pass_tokens).set("recompute", recompute_text(p.recompute));
     return j;
 }
 
 // Shows nothing when the settings were refused before there was a plan.
-static void plan_show(Run& run) {
+template <class Dev>
+void plan_show(Run& run, const Dev& dev) {
     const Plan& p = run.plan;
     if (p.pass_tokens == 0) {
         return;
     }
-    console_table(
-        run.console,
-        {{"memory plan", ""},
-         {"  base (" + p.base_text + ")", text_bytes(double(p.weights))},
-         {"  adapter and gradients (fp32)", text_bytes(double(p.adapter))},
-         {"  optimizer moments (fp32)", text_bytes(double(p.optimizer))},
-         {text_format("  activations (passes of %zu tokens, recompute %s)", p.pass_tokens, recompute_name(p.recompute)),
-          text_bytes(double(p.activations))},
-         {"  workspace", text_bytes(double(p.workspace))},
-         {"  together, of " + text_bytes(double(machine_memory())), text_bytes(double(p.total()))}});
+    std::vector<std::vector<std::string>> rows = {
+        {"memory plan", ""},
+        {"  base (" + p.base_text + (p.host_embed && !run.c.tied ? ", embedding on the host)" : ")"),
+         text_bytes(double(p.weights))},
+        {"  adapter and gradients (fp32)", text_bytes(double(p.adapter))},
+        {p.optimizer == p.adapter ? "  optimizer moments (fp32)" : "  optimizer moments (fp32, on the host; two slabs)",
+         text_bytes(double(p.optimizer))},
+        {text_format("  activations (passes of %zu tokens, recompute %s)", p.pass_tokens,
+                     recompute_text(p.recompute).c_str()),
+         text_bytes(double(p.activations))}};
+    if (p.slots > 0) {
+        rows.push_back({"  weights of two linear groups restored", text_bytes(double(p.slots))});
+    }
+    rows.push_back({"  workspace", text_bytes(double(p.workspace + p.library))});
+    rows.push_back({"  together, of " + text_bytes(double(device_memory(dev))), text_bytes(double(p.total()))});
+    console_table(run.console, rows);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -271,7 +277,7 @@ Error train_loop(Run& run, Llama<Dev>& m) {
     return {};
 }
 
-static void closing_table(Run& run, const std::string& hash, double seconds) {
+static void closing_table(Run& run, const std::string& hash, double seconds, const std::string& memory) {
     std::vector<std::vector<std::string>> rows = {{"", "before", "after"}};
     if (run.evaluations.size() > 1) {
         const Evaluation &a = run.evaluations.front(), &b = run.evaluations.back();
@@ -286,8 +292,8 @@ static void closing_table(Run& run, const std::string& hash, double seconds) {
     if (run.evaluations.size() > 1 && run.evaluations.back().loss > run.evaluations.front().loss) {
         console_warn(run.console, "validation loss is higher than before training: lower --lr, or train on more data");
     }
-    console_fact(run.console, "%lld steps in %s, peak memory %s", (long long)run.steps, text_duration(seconds).c_str(),
-                 text_bytes(double(peak_memory())).c_str());
+    console_fact(run.console, "%lld steps in %s, %s", (long long)run.steps, text_duration(seconds).c_str(),
+                 memory.c_str());
     console_fact(run.console, "adapter %s/adapter_model.safetensors (sha256 %.16s)", run.dir.c_str(), hash.c_str());
     console_fact(run.console, "load it with PEFT:  PeftModel.from_pretrained(base, \"%s\")", run.dir.c_str());
     console_fact(run.console, "repeat the run:     %s --config %s/run.json", run.program.c_str(), run.dir.c_str());
@@ -337,11 +343,17 @@ static Error text_open(Run& run) {
 // frozen embeddings stay as they are.
 template <class Dev>
 void untrained_rows_warning(Run& run, Llama<Dev>& m) {
-    using X = typename Dev::floatX;
     auto norm = [&](size_t row) {
-        std::vector<X> x(run.c.C);
-        matrix_row(m.dev, x.data(), m.w.embed, row);
-        return std::sqrt(std::inner_product(x.begin(), x.end(), x.begin(), 0.0));
+        const int32_t token = int32_t(row);
+        std::vector<typename Dev::floatX> x(run.c.C);
+        device_to(m.dev, m.acts.tokens, &token, sizeof(token));
+        embedding_forward(m.dev, m.acts.resid, m.acts.tokens, m.w.embed, 1);
+        device_from(m.dev, x.data(), m.acts.resid, x.size() * sizeof(x[0]));
+        double sum = 0;
+        for (auto v : x) {
+            sum += double(to_float(v)) * double(to_float(v));
+        }
+        return std::sqrt(sum);
     };
     if (run.form.kind == ChatForm::PLAIN) {
         return;
@@ -374,7 +386,8 @@ static void banner(Run& run, const std::string& device, int threads) {
                  double(run.lora.dropout), targets.c_str(), text_count(adapter_elements(run.c, run.lora)).c_str());
 }
 
-static Error dry_run(Run& run) {
+template <class Dev>
+Error dry_run(Run& run, const Dev& dev) {
     const Options& o = run.o;
     for (size_t i = 0; i < std::min<size_t>(3, run.train.size()); i++) {
         console_line(run.console, text_format("# example %zu (line %zu), targets marked:", i + 1, run.train.line[i]));
@@ -391,17 +404,11 @@ static Error dry_run(Run& run) {
         console_fact(run.console, "%zu examples written to %s", run.train.size(), o.dump_data.c_str());
     }
     Batch b;
-    double flops = 0, tokens = 0;
-    for (size_t i : step_examples(run, 0)) {
-        batch_make(b, run.train, {i});
-        flops += pass_flops(run.c, run.lora, b);
-        tokens += double(b.size());
-    }
+    batch_make(b, run.train, step_examples(run, 0));
     console_fact(run.console, "%lld steps, %lld an epoch; peak rate %.3g after %lld steps of warm-up, %s",
                  (long long)run.steps, (long long)run.steps_per_epoch, run.lr, (long long)run.warmup,
                  o.schedule.c_str());
-    console_fact(run.console, "speed at most %.0f tok/s (the measured peak of %.0f GFLOP/s; half of it is usual)",
-                 tokens / (flops / 1e9 / run.peak_gflops), run.peak_gflops);
+    console_fact(run.console, "%s", speed_text(dev, run, plan_tokens_per_s(dev, run, b)).c_str());
     console_fact(run.console, "dry run: nothing was trained, no run directory was made");
     return {};
 }
@@ -436,7 +443,8 @@ static void execution_restore(Run& run, const std::string& tier) {
     if (x == nullptr) {
         return;
     }
-    const Json *recompute = x->find("recompute"), *then = x->find("tier"), *version = x->find("program");
+    const Json *recompute = x->find("recompute"), *then = x->find("tier"), *version = x->find("program"),
+               *gemm = x->find("gemm");
     std::string changed;
     if (!run.pass_tokens_given) {
         run.plan.pass_tokens = size_t(state_number(*x, "pass_tokens"));
@@ -444,7 +452,11 @@ static void execution_restore(Run& run, const std::string& tier) {
         changed = "passes of another length";
     }
     if (!run.recompute_given && recompute != nullptr) {
-        recompute_parse(run.plan.recompute, recompute->string);
+        recompute_parse(run.plan.recompute, recompute->string, run.c.L);
+    }
+    if (gemm != nullptr && run.plan.gemm != gemm_parse(gemm->string)) {
+        changed = run.gemm_given ? "other matrix products (--gemm)" : changed;
+        run.plan.gemm = run.gemm_given ? run.plan.gemm : gemm_parse(gemm->string);
     }
     if (then != nullptr && then->string != tier) {
         changed = "tier " + printable(then->string) + " then, " + tier + " now";
@@ -546,7 +558,7 @@ Error run_files(Run& run, Llama<Dev>& m, uint64_t keep_log, const std::string& d
                            .set("steps", run.step)
                            .set("adapter_sha256", hash));
     log_sync(run.log);
-    closing_table(run, hash, seconds_now() - started + setup);
+    closing_table(run, hash, seconds_now() - started + setup, device_peak_memory(m.dev));
     return {};
 }
 
@@ -563,13 +575,14 @@ Error data_and_plan(Run& run, Dev& dev, const BaseOptions& base, size_t* longest
     }
     size_t most;
     data_extent(run, longest, &most);
+    plan_wishes(run);
     Error e =
-        plan_choose(run.plan, dev, run.c, run.lora, base, *longest, most, o.pass_tokens, o.recompute, machine_memory());
+        plan_choose(run.plan, dev, run.c, run.lora, base, *longest, most, o.pass_tokens, o.recompute, device_memory(dev));
     if (run.checkpoint.step >= 0) {
-        execution_restore(run, dev.isa->name);
+        execution_restore(run, device_tier(dev));
         plan_fill(run.plan, dev, run.c, run.lora, base, *longest);
     }
-    plan_show(run);
+    plan_show(run, dev);
     return e;
 }
 
@@ -579,9 +592,9 @@ Error model_ready(Run& run, Llama<Dev>& m, const BaseOptions& base, size_t longe
     if (Error e = base_open(run, m, base)) {
         return e;
     }
-    untrained_rows_warning(run, m);
-    llama_adapter_create(m, run.lora);
+    llama_adapter_create(m, run.lora, run.plan.paged);
     llama_activations_create(m, run.plan.pass_tokens, longest, run.plan.recompute, true);
+    untrained_rows_warning(run, m);
     m.dropout_seed = run.o.seed;
     *keep_log = 0;
     if (run.checkpoint.step < 0 && run.o.init_adapter.empty()) {
@@ -605,18 +618,20 @@ template <class Dev>
 Error train(Run& run, Dev& dev) {
     const Options& o = run.o;
     const double started = seconds_now();
-    const BaseOptions base = {o.quant == "nf4", o.double_quant};
-    const std::string device = text_format("cpu, %s", dev.isa->name);
-    run.peak_gflops = cpu_peak_gflops(dev);
+    BaseOptions base = {o.quant == "nf4", o.double_quant, false};
+    const std::string device = device_label(dev);
+    run.peak_gflops = device_peak_gflops(dev);
     banner(run, device, dev.threads);
     size_t longest;
     Error e = data_and_plan(run, dev, base, &longest);
     if (o.dry_run) {
-        return e ? e : dry_run(run);
+        return e ? e : dry_run(run, dev);
     }
+    base.host_embed = run.plan.host_embed;
     Llama<Dev> m;
     m.dev = dev;
     uint64_t keep_log;
+    e = e ? e : device_take(m.dev, run.plan);
     e = e ? e : model_ready(run, m, base, longest, &keep_log);
     if (!e && is_complete(run)) {
         console_fact(run.console, "already complete: the adapter is in %s", run.dir.c_str());
@@ -650,22 +665,29 @@ static void benchmark_data(Run& run, int documents) {
 template <class Dev>
 Error benchmark(Run& run, Dev& dev) {
     const Options& o = run.o;
-    const BaseOptions base = {o.quant == "nf4", o.double_quant};
-    run.peak_gflops = cpu_peak_gflops(dev);
-    banner(run, text_format("cpu, %s", dev.isa->name), dev.threads);
+    BaseOptions base = {o.quant == "nf4", o.double_quant, false};
+    run.peak_gflops = device_peak_gflops(dev);
+    banner(run, device_label(dev), dev.threads);
+    plan_wishes(run);
     Error plan = plan_choose(run.plan, dev, run.c, run.lora, base, run.max_tokens, run.max_tokens * size_t(o.batch),
-                             o.pass_tokens, o.recompute, machine_memory());
-    plan_show(run);
+                             o.pass_tokens, o.recompute, device_memory(dev));
+    plan_show(run, dev);
     if (plan) {
         return plan;
     }
     benchmark_data(run, o.batch);
+    Batch first;
+    batch_make(first, run.train, passes_make(run.train, {0}, run.plan.pass_tokens, o.pack)[0]);
+    console_fact(run.console, "%s", speed_text(dev, run, plan_tokens_per_s(dev, run, first)).c_str());
+    base.host_embed = run.plan.host_embed;
     Llama<Dev> m;
     m.dev = dev;
-    if (Error e = base_open(run, m, base)) {
+    Error e = device_take(m.dev, run.plan);
+    e = e ? e : base_open(run, m, base);
+    if (e) {
         return e;
     }
-    llama_adapter_create(m, run.lora);
+    llama_adapter_create(m, run.lora, run.plan.paged);
     llama_activations_create(m, run.plan.pass_tokens, run.max_tokens, run.plan.recompute, true);
     llama_adapter_init(m, o.seed);
     std::vector<size_t> examples(run.train.size());
@@ -675,6 +697,7 @@ Error benchmark(Run& run, Dev& dev) {
     for (int64_t s = 0; s <= o.benchmark; s++) {  // the first is a warm-up
         if (s == 1) {
             std::fill(m.op_seconds, m.op_seconds + OPS, 0.0);
+            device_timing(m.dev, true);
         }
         const double t = seconds_now();
         r = train_step(m, run.train, examples, run.plan.pass_tokens, o.pack, s + 1,
@@ -688,6 +711,7 @@ Error benchmark(Run& run, Dev& dev) {
                 s == o.benchmark);
         }
     }
+    device_sync(m.dev);  // the clocks of work still queued
     double total = std::accumulate(seconds.begin(), seconds.end(), 0.0);
     std::vector<std::vector<std::string>> rows = {{"time by op", "ms a step", "share"}};
     for (int i = 0; i < OPS; i++) {
@@ -697,9 +721,9 @@ Error benchmark(Run& run, Dev& dev) {
     console_table(run.console, rows);
     std::sort(seconds.begin(), seconds.end());
     const double median = seconds[seconds.size() / 2], achieved = r.flops / median / 1e9;
-    const double peak = std::max(run.peak_gflops, cpu_peak_gflops(dev));
-    console_fact(run.console, "median %.1f ms a step of %zu tokens, peak memory %s", median * 1e3, r.tokens,
-                 text_bytes(double(peak_memory())).c_str());
+    const double peak = device_measured_gflops(m.dev, run.peak_gflops);
+    console_fact(run.console, "median %.1f ms a step of %zu tokens, %s; %s planned", median * 1e3, r.tokens,
+                 device_peak_memory(m.dev).c_str(), text_bytes(double(run.plan.total())).c_str());
     console_fact(run.console, "achieved %.1f GFLOP/s, measured peak %.1f GFLOP/s: %.1f %%", achieved, peak,
                  100 * achieved / peak);
     printf("tokens_per_s: %.2f\n", double(r.tokens) / median);
@@ -714,13 +738,14 @@ Error shape_plan(Run& run, Dev& dev) {
     if (!o.dry_run) {
         return bad_input("-m %s has random weights: it is for --dry-run and --benchmark N only", o.model.c_str());
     }
-    run.peak_gflops = cpu_peak_gflops(dev);
-    banner(run, text_format("cpu, %s", dev.isa->name), dev.threads);
-    const BaseOptions base = {o.quant == "nf4", o.double_quant};
+    run.peak_gflops = device_peak_gflops(dev);
+    banner(run, device_label(dev), dev.threads);
+    BaseOptions base = {o.quant == "nf4", o.double_quant, false};
     const size_t most = run.max_tokens * size_t(o.batch);
+    plan_wishes(run);
     Error e = plan_choose(run.plan, dev, run.c, run.lora, base, run.max_tokens, most, o.pass_tokens, o.recompute,
-                          machine_memory());
-    plan_show(run);
+                          device_memory(dev));
+    plan_show(run, dev);
     if (e && e.code != 1) {
         return e;
     }
@@ -730,8 +755,7 @@ Error shape_plan(Run& run, Dev& dev) {
     benchmark_data(run, 1);
     Batch b;
     batch_make(b, run.train, {0});
-    console_fact(run.console, "speed at most %.2f tok/s (the measured peak of %.0f GFLOP/s; half of it is usual)",
-                 double(b.size()) / (pass_flops(run.c, run.lora, b) / 1e9 / run.peak_gflops), run.peak_gflops);
+    console_fact(run.console, "%s", speed_text(dev, run, plan_tokens_per_s(dev, run, b)).c_str());
     return {};
 }
 
@@ -747,17 +771,6 @@ static Error launcher_check() {
                              atoi(value), name)
                 .hinted("start it once, without mpirun or srun (training on many ranks is not part of this version)");
         }
-    }
-    return {};
-}
-
-static Error device_settings(const Options& o) {
-    if (o.device == "cuda") {
-        return bad_input("--device cuda: this version trains on the CPU only")
-            .hinted("leave out --device, or give --device cpu");
-    }
-    if (o.math != "auto" && o.math != "fp32") {
-        return bad_input("--math %s: this version computes in fp32 only", o.math.c_str()).hinted("leave out --math");
     }
     return {};
 }
@@ -781,6 +794,7 @@ static Error directory_settings(Run& run) {
     }
     run.pass_tokens_given = o.has("pass-tokens");
     run.recompute_given = o.has("recompute");
+    run.gemm_given = o.has("gemm");
     if (run.dir.empty()) {
         run.dir = run_directory_name(path_stem(o.inputs[0]), from.r, true);
         run.dir = run.dir.empty() ? run_directory_name(path_stem(o.inputs[0]), from.r, false) : run.dir;
@@ -866,23 +880,18 @@ static Error program(Run& run, int argc, char** argv) {
     if (e) {
         return e;
     }
-    Cpu<float> dev;
-    device_open(dev, run.o.threads);
-    if (dev.isa == nullptr) {
-        return bad_input("TRAIN_LLAMA_CPU names a tier that is unknown or that this processor lacks")
-            .hinted("unset it, or set it to ref, avx2 or avx512");
-    }
-    run.threads = dev.threads;
-    if (run.o.benchmark > 0) {
-        return benchmark(run, dev);
-    }
-    if (is_shape(run.o)) {
-        return shape_plan(run, dev);
-    }
-    e = text_open(run);
-    e = e ? e : train(run, dev);
-    tokenizer_free(run.tokenizer);
-    return e;
+    return with_device(run, [&](auto& dev) -> Error {
+        if (run.o.benchmark > 0) {
+            return benchmark(run, dev);
+        }
+        if (is_shape(run.o)) {
+            return shape_plan(run, dev);
+        }
+        Error opened = text_open(run);
+        opened = opened ? opened : train(run, dev);
+        tokenizer_free(run.tokenizer);
+        return opened;
+    });
 }
 
 int main(int argc, char** argv) {

@@ -47,7 +47,7 @@ struct Run {
     RunLog log;
     RunLock lock;
     Checkpoint checkpoint;                                    // resumed from; step -1: none
-    bool pass_tokens_given = false, recompute_given = false;  // on this command line, not by the run resumed
+    bool pass_tokens_given = false, recompute_given = false, gemm_given = false;  // here, not by the run resumed
     // what a checkpoint carries beside tensors
     int64_t step = 0;  // steps done
     std::vector<Evaluation> evaluations;

@@ -13,32 +13,75 @@
 
 struct Plan {
     size_t pass_tokens = 0;
-    Recompute recompute = Recompute::NONE;
+    RecomputePlan recompute;
+    GemmPath gemm = GemmPath::AUTO;          // a GPU's
+    bool host_embed = false, paged = false;  // embedding, optimizer moments in the host's memory beside a GPU
     std::string base_text;  // NF4 with double quantisation, bf16, ...
-    size_t weights = 0, adapter = 0, optimizer = 0, activations = 0, workspace = 0;  // bytes
+    size_t weights = 0, adapter = 0, optimizer = 0, activations = 0, slots = 0, workspace = 0;  // bytes
+    size_t library = 0;  // of cuBLASLt
 
-    size_t total() const { return weights + adapter + optimizer + activations + workspace; }
+    size_t total() const { return weights + adapter + optimizer + activations + slots + workspace + library; }
 };
+
+inline const char* gemm_name(GemmPath g) {
+    const char* const names[] = {"auto", "fused", "dequant"};
+    return names[int(g)];
+}
+
+inline GemmPath gemm_parse(const std::string& name) {
+    return name == "fused" ? GemmPath::FUSED : name == "dequant" ? GemmPath::DEQUANT : GemmPath::AUTO;
+}
+
+template <class X>
+void device_gemm(Cpu<X>&, GemmPath) {}
+template <class X>
+void device_gemm(Gpu<X>& dev, GemmPath g) {
+    dev.gemm = g;
+}
 
 inline const char* recompute_name(Recompute r) {
     const char* const names[] = {"none", "ffn", "attn", "full"};
     return names[int(r)];
 }
 
-inline bool recompute_parse(Recompute& r, const std::string& name) {
-    for (Recompute x : {Recompute::NONE, Recompute::FFN, Recompute::ATTN, Recompute::FULL}) {
-        if (name == recompute_name(x)) {
-            r = x;
-            return true;
+// "none", or with different layers "20 none, 8 ffn, 4 full".
+inline std::string recompute_text(const RecomputePlan& p) {
+    std::string text;
+    int kinds = 0;
+    for (int r = 0; r < 4; r++) {
+        if (p.layers[r] > 0) {
+            text += (kinds++ > 0 ? ", " : "") + std::to_string(p.layers[r]) + " " + recompute_name(Recompute(r));
         }
     }
-    return false;
+    return kinds == 1 ? text.substr(text.find(' ') + 1) : text;
 }
 
-// A model without memory: the linear groups' shapes, for the workspace functions.
+// What recompute_text wrote, or a name alone, for a model of L layers. False: it is neither.
+inline bool recompute_parse(RecomputePlan& p, const std::string& text, int L) {
+    RecomputePlan read;
+    int sum = 0;
+    for (size_t at = 0; at < text.size();) {
+        const size_t end = std::min(text.find(", ", at), text.size()), space = text.find(' ', at);
+        const bool counted = space < end;
+        const std::string name = text.substr(counted ? space + 1 : at, end - (counted ? space + 1 : at));
+        int r = 0;
+        while (r < 4 && name != recompute_name(Recompute(r))) {
+            r++;
+        }
+        if (r == 4) {
+            return false;
+        }
+        read.layers[r] = counted ? std::atoi(text.c_str() + at) : L;
+        sum += read.layers[r];
+        at = end + 2;
+    }
+    p = sum == L ? read : p;
+    return sum == L;
+}
+
+// A model without memory: the linear groups' shapes, for the functions that say how much ops need.
 template <class Dev>
-size_t plan_workspace(Dev& dev, const LlamaConfig& c, const LoraConfig& lora, const BaseOptions& base, size_t N,
-                      size_t longest) {
+Llama<Dev> plan_model(Dev& dev, const LlamaConfig& c, const LoraConfig& lora, const BaseOptions& base) {
     Llama<Dev> m;
     m.dev = dev;
     m.c = c;
@@ -47,35 +90,161 @@ size_t plan_workspace(Dev& dev, const LlamaConfig& c, const LoraConfig& lora, co
         LinearGroup<typename Dev::real>& group = m.groups[g];
         for (int i = group_first[g]; i < group_first[g + 1]; i++) {
             LinearPart<typename Dev::real>& part = group.part[group.parts++];
-            part.w.store = base.nf4 ? Store::NF4 : Store::F32;
-            part.w.rows = module_rows(c, i);
-            part.w.cols = module_cols(c, i);
+            part.w = base_matrix(dev, c, base, true, module_rows(c, i), module_cols(c, i));
             part.r = lora.target[i] ? lora.r : 0;
             group.OC += part.w.rows;
         }
         group.C = module_cols(c, group_first[g]);
         group.R = group_rank(lora, g);
     }
-    return llama_workspace_bytes(m, N, longest);
+    return m;
+}
+
+template <class X>
+size_t plan_library(const Cpu<X>&) {
+    return 0;
+}
+template <class X>
+size_t plan_library(const Gpu<X>&) {
+    return LT_WORKSPACE;
 }
 
 // Fills the plan for given pass_tokens and recompute. longest: tokens of the longest example.
 template <class Dev>
-void plan_fill(Plan& p, Dev& dev, const LlamaConfig& c, const LoraConfig& lora, const BaseOptions& base,
+void plan_fill(Plan& p, Dev& dev, const LlamaConfig& c, const LoraConfig& lora, const BaseOptions& options,
                size_t longest) {
+    BaseOptions base = options;
+    base.host_embed = p.host_embed;
     p.base_text = base.nf4 || c.bnb_nf4 ? base.double_quant ? "NF4, double quantisation" : "NF4"
                   : c.dtype.empty()     ? "16 bit"
                                         : c.dtype;
-    p.weights = base_bytes(c, base, c.dtype);
-    p.adapter = 2 * adapter_elements(c, lora) * sizeof(typename Dev::real);
-    p.optimizer = p.adapter;
-    p.activations = activation_bytes<Dev>(c, lora, p.pass_tokens, p.recompute, true);
-    p.workspace = plan_workspace(dev, c, lora, base, p.pass_tokens, longest);
+    p.weights = base_bytes(dev, c, base);
+    p.adapter = 2 * placed_bytes(adapter_elements(c, lora) * sizeof(typename Dev::real));
+    p.optimizer = p.paged && moments_slab_bytes(dev) > 0 ? moments_slab_bytes(dev) : p.adapter;
+    p.activations = activation_bytes<Dev>(c, lora, p.pass_tokens, p.recompute, true) +
+                    2 * placed_bytes(longest * size_t(c.HS) / 2 * sizeof(typename Dev::real));
+    Llama<Dev> m = plan_model(dev, c, lora, base);
+    device_gemm(m.dev, p.gemm);
+    p.library = plan_library(dev);
+    p.slots = placed_bytes(llama_slot_bytes(m, p.pass_tokens));
+    p.workspace = placed_bytes(std::max(llama_workspace_bytes(m, p.pass_tokens, longest), load_workspace(dev, c, base)));
 }
 
-// The largest pass of at most 2048 tokens (or the longest example) that fits into 70 % of the memory without
-// recomputation; if not even the longest example does, the cheapest recomputation that makes it fit. What the user gave
-// (pass_tokens > 0, recompute not auto) stands. most: tokens of the largest step: longer passes would stay empty.
+// What decides about the fit: on the CPU without the workspace, which grows with the threads.
+template <class X>
+size_t plan_counted(const Cpu<X>&, const Plan& p) {
+    return p.total() - p.workspace;
+}
+template <class X>
+size_t plan_counted(const Gpu<X>&, const Plan& p) {
+    return p.total();
+}
+
+template <class X>
+const char* device_owner(const Cpu<X>&) {
+    return "machine";
+}
+template <class X>
+const char* device_owner(const Gpu<X>&) {
+    return "card";
+}
+
+// The share of the machine's or card's memory that a plan may fill by itself. A card: all but what the driver and the
+// library's kernels take, and 3 % for what the sizes of allocations cannot foresee.
+template <class X>
+size_t plan_budget(const Cpu<X>&, uint64_t memory) {
+    return size_t(memory / 10 * 7);
+}
+template <class X>
+size_t plan_budget(const Gpu<X>&, uint64_t memory) {
+    const uint64_t driver = uint64_t(768) << 20;
+    return memory > driver ? size_t((memory - driver) / 100 * 97) : 0;
+}
+
+// Restoring the weights of a matrix costs about as much as multiplying this many tokens by it. GPU: 1.258 bytes a weight
+// times an H200's ratio of tensor-core rate to memory rate. CPU: about one weight a cycle against 32 multiply-adds. And
+// the longest pass that is worth having.
+template <class X>
+double plan_restore_tokens(const Cpu<X>&) {
+    return 30;
+}
+template <class X>
+double plan_restore_tokens(const Gpu<X>&) {
+    return 231;
+}
+template <class X>
+size_t plan_longest_pass(const Cpu<X>&) {
+    return 2048;
+}
+template <class X>
+size_t plan_longest_pass(const Gpu<X>&) {
+    return 8192;
+}
+
+// The time of a token in units of its forward matrix products: forward and input gradient; what is made again, as a share
+// of the forward products of the model at hand; the weights restored in each.
+inline double plan_cost(const Plan& p, const LlamaConfig& c, double restore_tokens) {
+    double share[MODULES], all = 0;
+    for (int m = 0; m < MODULES; m++) {
+        share[m] = double(module_rows(c, m)) * module_cols(c, m);
+        all += share[m];
+    }
+    const double ffn = (share[GATE_PROJ] + share[UP_PROJ]) / all,
+                 qkv = (share[Q_PROJ] + share[K_PROJ] + share[V_PROJ]) / all, o = share[O_PROJ] / all;
+    const double again = p.recompute.layers[int(Recompute::FFN)] * ffn +
+                         p.recompute.layers[int(Recompute::ATTN)] * (ffn + qkv) +
+                         p.recompute.layers[int(Recompute::FULL)] * (ffn + qkv + 2 * o);  // 2: attention beside o
+    return 2 + again / c.L + 2 * restore_tokens / double(p.pass_tokens);
+}
+
+// Fills p for passes of p.pass_tokens: as many layers as fit keep everything, then as many of the rest as fit all but
+// gate_up, and so on. False: not even with everything made again.
+template <class Dev>
+bool plan_fit(Plan& p, Dev& dev, const LlamaConfig& c, const LoraConfig& lora, const BaseOptions& base, size_t longest,
+              size_t budget) {
+    const auto fits = [&] {
+        plan_fill(p, dev, c, lora, base, longest);
+        return plan_counted(dev, p) <= budget;
+    };
+    p.recompute = recompute_everywhere(Recompute::FULL, c.L);
+    if (!fits()) {
+        return false;
+    }
+    for (int r = 0; r < int(Recompute::FULL); r++) {
+        int low = 0, high = p.recompute.layers[int(Recompute::FULL)];  // the most layers of kind r that fit
+        const RecomputePlan before = p.recompute;
+        while (low < high) {
+            const int middle = (low + high + 1) / 2;
+            p.recompute = before;
+            p.recompute.layers[r] += middle;
+            p.recompute.layers[int(Recompute::FULL)] -= middle;
+            if (fits()) {
+                low = middle;
+            } else {
+                high = middle - 1;
+            }
+        }
+        p.recompute = before;
+        p.recompute.layers[r] += low;
+        p.recompute.layers[int(Recompute::FULL)] -= low;
+    }
+    return fits();
+}
+
+// What a card that is too small may do without, one thing more at each rung: 16-bit copies of weights (then the fused matmuls
+// serve at any size), the embedding, the optimizer's moments.
+template <class X>
+int plan_rungs(const Cpu<X>&) {
+    return 1;
+}
+template <class X>
+int plan_rungs(const Gpu<X>&) {
+    return 4;
+}
+
+// Pass size and what each layer keeps, by the least cost of a token among the passes that fit, on the first rung where one
+// does. What the user gave (pass_tokens > 0, recompute not auto; p.gemm, p.paged) stands. most: tokens of the largest step:
+// longer passes would stay empty.
 template <class Dev>
 Error plan_choose(Plan& p, Dev& dev, const LlamaConfig& c, const LoraConfig& lora, const BaseOptions& base,
                   size_t longest, size_t most, int pass_tokens, const std::string& recompute, uint64_t memory) {
@@ -84,32 +253,51 @@ Error plan_choose(Plan& p, Dev& dev, const LlamaConfig& c, const LoraConfig& lor
             .hinted("a document is never split over passes: raise --pass-tokens or lower -t");
     }
     std::vector<size_t> sizes;
-    for (size_t n = 2048; pass_tokens == 0 && n > longest; n /= 2) {
+    for (size_t n = plan_longest_pass(dev); pass_tokens == 0 && n > longest; n /= 2) {
         sizes.push_back(std::max(longest, std::min(n, most)));
     }
     sizes.push_back(pass_tokens > 0 ? size_t(pass_tokens) : longest);
-    std::vector<Recompute> ways = {Recompute::NONE, Recompute::FFN, Recompute::FULL};
-    if (recompute != "auto") {
-        ways.assign(1, Recompute::NONE);
-        recompute_parse(ways[0], recompute);
-    }
-    for (Recompute way : ways) {
+    const size_t budget = plan_budget(dev, memory);
+    const Plan wish = p;
+    for (int rung = 0; rung < plan_rungs(dev); rung++) {
+        Plan best;
+        double least = 0;
         for (size_t n : sizes) {
+            p = wish;
+            p.gemm = rung > 0 && wish.gemm == GemmPath::AUTO ? GemmPath::FUSED : wish.gemm;
+            p.host_embed = rung > 1;
+            p.paged = rung > 2 || wish.paged;
             p.pass_tokens = n;
-            p.recompute = way;
-            plan_fill(p, dev, c, lora, base, longest);
-            if (p.total() - p.workspace <=
-                memory / 10 * 7) {  // the workspace grows with the threads, which must not decide
-                return {};
+            bool fit;
+            if (recompute == "auto") {
+                fit = plan_fit(p, dev, c, lora, base, longest, budget);
+            } else {
+                recompute_parse(p.recompute, recompute, c.L);
+                plan_fill(p, dev, c, lora, base, longest);
+                fit = plan_counted(dev, p) <= budget;
             }
+            const double cost = plan_cost(p, c, plan_restore_tokens(dev));
+            if (fit && (best.pass_tokens == 0 || cost < least)) {
+                best = p;
+                least = cost;
+            }
+        }
+        if (best.pass_tokens > 0) {
+            p = best;
+            return {};
         }
     }
     if (p.total() > memory) {
+        const bool shorter = pass_tokens > 0 && size_t(pass_tokens) > longest;
         return runtime_failure(
-                   "the run needs %.1f GB of memory, the machine has %.1f GB (weights %.1f, activations %.1f)",
-                   double(p.total()) / 1e9, double(memory) / 1e9, double(p.weights) / 1e9, double(p.activations) / 1e9)
-            .hinted(base.nf4 ? "a smaller model, or shorter examples (-t)"
-                             : "a smaller model, --quant nf4, or shorter examples (-t)");
+                   "the run needs %.1f GB of memory, the %s has %.1f GB (weights %.1f, adapter and optimizer %.1f, "
+                   "activations %.1f, workspace %.1f)",
+                   double(p.total()) / 1e9, device_owner(dev), double(memory) / 1e9, double(p.weights) / 1e9,
+                   double(p.adapter + p.optimizer) / 1e9, double(p.activations) / 1e9, double(p.workspace) / 1e9)
+            .hinted(shorter               ? "lower --pass-tokens"
+                    : recompute != "auto" ? "--recompute full or auto, or shorter examples (-t)"
+                    : base.nf4            ? "a smaller model, or shorter examples (-t)"
+                                          : "a smaller model, --quant nf4, or shorter examples (-t)");
     }
     return {};
 }
@@ -164,8 +352,7 @@ StepResult train_step(Llama<Dev>& m, const Dataset& data, const std::vector<size
     a.weight_decay = rates.weight_decay;
     a.step = step;
     a.grad_scale = rates.clip > 0 ? std::min(1.0, rates.clip / (r.grad_norm + 1e-6)) : 1;  // as torch's clip_grad_norm_
-    llama_update(m, a);
-    if (first_nonfinite(m.dev, m.adapter.p, m.adapter.size) < m.adapter.size) {
+    if (!llama_update(m, a)) {
         r.bad = "adapter";
     }
     return r;

@@ -58,7 +58,7 @@ static Error dump(const std::string& model, const std::string& adapter, const st
     b.labels.assign(N, -1);
     b.example.assign(N, 0);
     b.cu_seqlens = {0, int32_t(N)};
-    llama_activations_create(m, N, N, Recompute::NONE, false);
+    llama_activations_create(m, N, N, RecomputePlan(), false);
     llama_forward(m, b, 0, 0);
     std::vector<float> logits(N * m.c.V);
     head_logits(m.dev, logits.data(), head_input(m), m.w.head, rows.data(), N);

@@ -88,8 +88,10 @@ const Setting settings[] = {
      FREE},
     {"", 0, "threads", "N", "CPU threads", &Options::threads, FREE, 1, 4096, "all"},
     {"", 0, "math", "auto|fp32|int16|bf16", "CPU arithmetic of the base", &Options::math, FREE},
+    {"", 0, "gemm", "auto|fused|dequant", "GPU kernels of the NF4 base", &Options::gemm, FREE},
     {"", 0, "recompute", "auto|none|ffn|attn|full", "activations made again instead of kept", &Options::recompute,
      FREE},
+    {"", 0, "paged-optimizer", nullptr, "GPU: the optimizer's moments stay on the host", &Options::paged_optimizer, FREE},
     {"", 0, "pass-tokens", "N", "tokens in flight", &Options::pass_tokens, FREE, 1, 1 << 24, "by the memory plan"},
     {"", 0, "no-pack", nullptr, "one document a pass", &Options::pack, INVERTED | FREE},
 

@@ -44,7 +44,8 @@ struct Options {
     uint64_t seed = 1337;
     // execution
     int pass_tokens = 0;  // 0: by the memory plan
-    std::string device = "auto", math = "auto", recompute = "auto";
+    bool paged_optimizer = false;
+    std::string device = "auto", math = "auto", gemm = "auto", recompute = "auto";
     int threads = 0;  // 0: all
     // the run
     int64_t eval_every = 0, save_every = 0;  // 0: once an epoch

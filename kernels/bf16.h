@@ -15,6 +15,10 @@ inline float to_float(bf16 x) {
     return f;
 }
 
+inline float to_float(float x) {
+    return x;
+}
+
 inline bf16 to_bf16(float f) {
     uint32_t u;
     memcpy(&u, &f, 4);

@@ -2,6 +2,7 @@
 // overload resolution picks the implementation. Kernels never allocate: what they need beyond their arguments is the
 // workspace, reserved before the first step to the largest need that the ops' *_workspace functions state.
 #pragma once
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 
@@ -22,10 +23,16 @@ template <class X>
 struct Cpu {
     using floatX = X;                       // of activations
     using real = typename RealOf<X>::type;  // of statistics, adapters, gradients, optimizer state
+    // Columns behind a row that an op may use, and ints that documents_place writes (kernels/gpu.h needs more of both).
+    static constexpr size_t row_room(int) { return 0; }
+    static constexpr size_t document_ints(size_t N) { return N + 1; }
+
     int threads = 1;
     const CpuIsa* isa = nullptr;  // leaf kernels of the chosen tier
     char* workspace = nullptr;
     size_t workspace_bytes = 0;
+    double* clock = nullptr;  // what the time since clock_start is added to
+    std::chrono::steady_clock::time_point clock_start;
 };
 
 // threads = 0: as many as the machine has. The tier is the best of the processor, or the one that the environment
@@ -48,3 +55,25 @@ void device_from(Cpu<X>& dev, void* host_p, const void* device_p, size_t bytes);
 // Grows the workspace to at least this many bytes.
 template <class X>
 void device_reserve(Cpu<X>& dev, size_t bytes);
+// How a matrix that is stored so is held: as it is.
+template <class X>
+Store device_store(const Cpu<X>&, Store stored) {
+    return stored;
+}
+
+// Work is done when a call returns, and clocks are always on.
+template <class X>
+void device_sync(Cpu<X>&) {}
+template <class X>
+void device_timing(Cpu<X>&, bool) {}
+
+// Adds the time between start and stop to *seconds. One clock at a time.
+template <class X>
+void device_clock_start(Cpu<X>& dev, double* seconds) {
+    dev.clock = seconds;
+    dev.clock_start = std::chrono::steady_clock::now();
+}
+template <class X>
+void device_clock_stop(Cpu<X>& dev) {
+    *dev.clock += std::chrono::duration<double>(std::chrono::steady_clock::now() - dev.clock_start).count();
+}

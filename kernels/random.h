@@ -16,7 +16,9 @@
 #include <utility>
 #include <vector>
 
-inline void philox4x32(uint32_t out[4], const uint32_t counter[4], const uint32_t key[2]) {
+#include "kernels/host_device.h"
+
+HOST_DEVICE inline void philox4x32(uint32_t out[4], const uint32_t counter[4], const uint32_t key[2]) {
     uint32_t c0 = counter[0], c1 = counter[1], c2 = counter[2], c3 = counter[3], k0 = key[0], k1 = key[1];
     for (int round = 0; round < 10; round++) {
         uint64_t a = uint64_t(0xD2511F53) * c0, b = uint64_t(0xCD9E8D57) * c2;

@@ -24,6 +24,7 @@ struct Matrix {
     const float* absmax2 = nullptr;    // one for 256 blocks
     const float* map8 = nullptr;       // 256 entries
     float offset = 0;
+    bool packed = false;  // NF4 on a GPU: codes and absmax in the order of nf4_matmul.cuh
 
     size_t elements() const { return size_t(rows) * cols; }
     size_t blocks() const { return (elements() + 63) / 64; }
@@ -83,4 +84,12 @@ struct Rope {
     const Real* sin = nullptr;
     const int32_t* positions = nullptr;  // (N)
     int heads = 0, HS = 0;
+};
+
+// The documents of a pass: rows cu_seqlens[d] .. cu_seqlens[d + 1]. Made by documents_place, once a pass.
+struct Documents {
+    const int32_t* cu_seqlens = nullptr;  // (count + 1)
+    int count = 0;
+    const int32_t* tiles[3] = {};  // GPU: what each block of attention's forward, dQ and dK/dV kernels works on
+    int tile_count[3] = {};
 };

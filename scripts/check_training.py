@@ -5,7 +5,7 @@
 
 Bounds: relative difference of every step's loss and gradient norm 2e-5, also of the loss after the last update (our
 adapter, evaluated by PEFT); logits of our adapter by PEFT and by us 1e-5 relative RMS. PEFT's own error against float64
-is printed beside them.
+is printed beside them. Without CASE also the first steps of dev/ref/tiny_bf16.json, on text instead of tokens.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import subprocess
 import tempfile
 
 import check_adapter
+import dump_reference
 import peers
 from peers import np, torch
 
@@ -195,6 +196,24 @@ def check_case(tally, name, case, args, folder):
         check_adapter.check(tally, name, out, model, logits, case["quant"])
 
 
+def check_table(tally, args, first=4):
+    """The fp32 losses of dev/ref/tiny_bf16.json: the options there give the run that PEFT made."""
+    with open(os.path.join(dump_reference.REF, dump_reference.TABLE_FILE), encoding="utf-8") as f:
+        table = json.load(f)
+    for quant, row in table.items():
+        with tempfile.TemporaryDirectory() as folder:
+            done = subprocess.run([os.path.abspath(args.program), *row["options"].split(), "--math", "fp32", "--device",
+                                   "cpu", "-o", os.path.join(folder, "out")], capture_output=True, text=True,
+                                  cwd=dump_reference.ROOT)
+            if not tally.check(f"tiny_llama, {quant}: our program", done.returncode == 0, done.stderr.strip()[-500:]):
+                continue
+            ours = [r["loss"] for r in read_log(os.path.join(folder, "out", "log.jsonl"))]
+        err = np.max(np.abs(np.array(ours[:first]) / np.array(row["fp32"][:first]) - 1))
+        tally.check(f"tiny_llama, {quant}: loss of the first {first} steps",
+                    len(ours) == len(row["fp32"]) and err <= BOUND,
+                    f"{ours[0]:.4f} -> {ours[first - 1]:.4f}, relative difference {err:.1e} (bound {BOUND:.0e})")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--program", default="./train_llama")
@@ -210,6 +229,8 @@ def main():
         for name in args.cases or CASES:
             with tempfile.TemporaryDirectory() as folder:
                 check_case(tally, name, CASES[name], args, folder)
+        if not args.cases:
+            check_table(tally, args)
     tally.finish()
 
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Lines per file, and the rules that a grep can hold: no file over 1,000 lines (generated tables and dev/ref aside), no
-# function over 120, no #if in llama.h, library headers only where they belong, no fast-math. Fails on any breach.
+# function over 120, no #if in llama.h, library headers only where they belong, no fast-math; what under kernels/ may
+# know about the compiler and the stand-in; names of kernels, and their twins in dev/. Fails on any breach.
 cd "$(dirname "$0")/.." || exit 1
 breaches=0
 breach() { echo "breach: $*"; breaches=$((breaches + 1)); }
@@ -39,6 +40,56 @@ done < <(grep -nE '#[[:space:]]*include[[:space:]]*[<"](nlohmann/|CLI/|CLI11|pcr
 while read -r line; do
     breach "fast-math: $line"
 done < <(grep -nE -- '-ffast-math|-Ofast|-funsafe-math|use_fast_math' "${code[@]}" | grep -v '^scripts/lines.sh:')
+
+# What both compilers see is said once, in cuda.cuh and host_device.h. Comments may name things.
+while read -r line; do
+    breach "only kernels/cuda.cuh and host_device.h may have this: $line"
+done < <(grep -rnE '__CUDACC__|\basm\b|__asm__|__shared__|simt' kernels --include='*.cuh' --include='*.cu' \
+    --include='*.h' --include='*.cpp' | grep -vE '^kernels/(cuda\.cuh|host_device\.h):|^[^:]*:[0-9]+: *//' |
+    grep -E '^[^:]*:[0-9]+:([^/]|/[^/])*(__CUDACC__|\basm\b|__asm__|__shared__|simt)')
+# Sums by float atomics depend on the order in which threads arrive; whole numbers do not.
+while read -r line; do
+    breach "atomics on floats: $line"
+done < <(grep -nE 'atomic(Add|Sub|Exch|CAS)[^;]*(float|double|\b[0-9]+\.[0-9]*f?\b)|red\.[a-z.]*\.f(16|32|64)' \
+    kernels/*.cuh kernels/*.cu)
+
+# kernel_names FILES...: `FILE NAME` of each __global__ function, `FILE ?` where it is not <op>_kernel or <op>_kernelN.
+kernel_names() {
+    awk 'FNR == 1 { text = "" }
+        /^[^\/]*__global__/ || text != "" { text = text " " $0 }
+        text != "" && /[{;]/ {
+            sub(/\{.*/, "", text)
+            print FILENAME, match(text, /[a-z0-9_]+_kernel[0-9]*\(/) ? substr(text, RSTART, RLENGTH - 1) : "?"
+            text = "" }' "$@"
+}
+shopt -s nullglob
+production=$(kernel_names kernels/*.cuh kernels/*.cu)
+versions=$(kernel_names dev/*.cu dev/*.h)
+while read -r line; do
+    breach "a kernel that is not named <op>_kernel: $line"
+done < <(printf '%s\n' "$production" "$versions" | grep -E '\?$'; grep -E '_kernel[0-9]+$' <<<"$production")
+while read -r name; do
+    breach "$name is defined in dev/ and in kernels/: include it, do not copy it"
+done < <(comm -12 <(awk '{ print $2 }' <<<"$production" | sort -u) <(awk '{ print $2 }' <<<"$versions" | sort -u))
+# A .cuh may be compiled into several objects of one program: its kernels are templates, or static.
+while read -r line; do
+    breach "neither a template nor static: $line"
+done < <(awk '/^__global__/ && before !~ /^ *template|>$/ { print FILENAME ":" FNR ": " $0 } { before = $0 }' \
+    kernels/*.cuh)
+# dev/<op>.cu is the ladder that ends in kernels/<op>.cuh: it includes it, itself or through a header of dev/, and its
+# own header names every version it has.
+for file in dev/*.cu; do
+    case $file in dev/logits_dump.cu | dev/harness_gpu.cu) continue ;; esac
+    op=$(basename "$file" .cu)
+    read -r -d '' -a with < <(sed -nE 's|^#include "(dev/[a-z0-9_]+\.h)"|\1|p' "$file")
+    if [ -e "kernels/$op.cuh" ] && ! cat "$file" "${with[@]}" | grep -q "^#include \"kernels/$op.cuh\""; then
+        breach "$file does not include kernels/$op.cuh"
+    fi
+    cat "$file" "${with[@]}" | grep -qE '^#include "kernels/.*\.cuh"' || breach "$file includes no production kernel"
+    for n in $(awk -v f="$file" '$1 == f { print $2 }' <<<"$versions" | grep -oE '[0-9]+$' | sort -u); do
+        sed -n '/^#/q; p' "$file" | grep -qE "^// +$n\\b" || breach "$file: its header does not name version $n"
+    done
+done
 
 if [ "$breaches" != 0 ]; then
     echo "$breaches breaches"

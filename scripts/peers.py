@@ -29,7 +29,10 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
-import bitsandbytes as bnb
+try:
+    import bitsandbytes as bnb
+except ImportError:  # bench_step.py does without on a machine that lacks it; the comparisons need it
+    bnb = None
 
 ALL_LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
@@ -58,7 +61,7 @@ class Tally:
 
 def print_versions():
     print("python", sys.version.split()[0], "torch", torch.__version__, "transformers", transformers.__version__,
-          "peft", peft.__version__, "bitsandbytes", bnb.__version__, "safetensors", safetensors.__version__,
+          "peft", peft.__version__, "bitsandbytes", getattr(bnb, "__version__", "none"), "safetensors", safetensors.__version__,
           "tokenizers", tokenizers.__version__, "numpy", np.__version__, flush=True)
 
 

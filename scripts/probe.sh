@@ -40,7 +40,7 @@ else
     fi
 fi
 
-have_openmp="" base_arch="" gpu_code=""
+have_openmp="" base_arch="" have_cuda="" gpu_code="" cuda_libraries=""
 if [ $missing = 0 ]; then
     if [ -z "$OPENMP" ]; then
         no "OpenMP: switched off, one thread"
@@ -94,6 +94,21 @@ if [ $missing = 1 ]; then
     exit 1
 fi
 
+# Prints how nvcc links: its library folders, and cuBLASLt's once more for the program, so that it is found when it runs.
+cuda_links() {
+    local folder folders
+    folders=$("$NVCC" -dryrun "$work/probe.cu" 2>&1 | sed -n 's/^#\$ LIBRARIES=//p' | tr -d '"')
+    for folder in $folders; do
+        folder=$(cd "${folder#-L}" 2>/dev/null && pwd) || continue
+        case $folder in */stubs) continue ;; esac
+        printf -- '-L%s ' "$folder"
+        if [ -e "$folder/libcublasLt.so" ]; then
+            printf -- '-Wl,-rpath,%s ' "$folder"
+        fi
+    done
+    echo "-lcudart_static -lcublasLt -ldl -lrt -lpthread"
+}
+
 if [ -z "$NVCC" ]; then
     no "CUDA: no nvcc, CPU only"
 else
@@ -104,23 +119,42 @@ else
     elif [ -z "$archs" ]; then
         archs=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d '. ' | grep -E '^[0-9]+$' |
             sed 's/^90$/90a/' | sort -u | tr '\n' ' ')
+        archs=${archs% }
         why="of the GPU here"
         if [ -z "$archs" ]; then
-            archs="80 90a" why="no GPU here; this version trains on the CPU"
+            archs="80 90a" why="no GPU here"
         fi
     fi
     for a in $archs; do
         gpu_code="$gpu_code -gencode arch=compute_$a,code=sm_$a"
     done
+    release=$("$NVCC" --version | sed -n 's/.*release \([0-9.]*\).*/\1/p')
+    compile_cu() {
+        eval "$NVCC -ccbin ${CXX%% *} -std=c++17 $gpu_code $NVCCFLAGS -c '$work/probe.cu' -o '$work/probe.o'" \
+            >"$work/log" 2>&1
+    }
     echo 'int main() { return 0; }' >"$work/probe.cu"
-    if eval "$NVCC -ccbin ${CXX%% *} -std=c++17 $gpu_code $NVCCFLAGS '$work/probe.cu' -o '$work/probe'" \
-        >"$work/log" 2>&1; then
-        ok "CUDA: $NVCC $($NVCC --version | sed -n 's/.*release \([0-9.]*\).*/\1/p'), sm_${archs// / sm_} ($why)"
-    else
+    if ! compile_cu; then
         no "CUDA: $NVCC cannot build with ${CXX%% *} for: $archs"
         sed 's/^/      /' "$work/log" | head -5
         echo "hint: NVCC= (empty) builds for the CPU alone" >&2
         exit 1
+    fi
+    printf '%s\n' '#include <cublasLt.h>' '#include <cuda_runtime.h>' 'int main() {
+        cublasLtHandle_t handle;
+        int n = 0;
+        return int(cudaGetDeviceCount(&n)) + int(cublasLtCreate(&handle)); }' >"$work/probe.cu"
+    cuda_libraries=$(cuda_links)
+    if compile_cu && eval "$CXX $CONFIG_FLAGS $CXXFLAGS '$work/probe.o' $LDFLAGS $cuda_libraries -o '$work/probe'" \
+        >"$work/log" 2>&1; then
+        have_cuda=1
+        ok "CUDA: $NVCC $release with cuBLASLt, sm_${archs// / sm_} ($why)"
+    else
+        v=${release/./-}
+        no "CUDA: $NVCC $release is there, cuBLASLt is not, so this build is for the CPU alone:"
+        grep -m 2 -iE 'error|cannot' "$work/log" | sed 's/^/      /'
+        echo "      for the GPU: apt install libcublas-dev-$v cuda-cudart-dev-$v, dnf install libcublas-devel-$v" \
+            "cuda-cudart-devel-$v, conda install -c nvidia libcublas-dev cuda-cudart-dev"
     fi
 fi
 
@@ -130,6 +164,8 @@ quote() { printf '%s' "$1" | sed 's/#/\\#/g; s/\$/$$/g'; }
     echo "# Written by scripts/probe.sh; remove it to probe again."
     echo "HAVE_OPENMP := $have_openmp"
     echo "BASE_ARCH := $base_arch"
+    echo "HAVE_CUDA := $have_cuda"
     echo "GPU_CODE :=$gpu_code"
+    echo "CUDA_LIBRARIES := $cuda_libraries"
     echo "PROBED := $(quote "$CXX|$CPPFLAGS|$CXXFLAGS|$LDFLAGS|$NVCC|$NVCCFLAGS|$OPENMP|$CUDA_ARCH|$config")"
 } >"$out"

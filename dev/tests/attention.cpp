@@ -94,23 +94,39 @@ Result<T> plain_attention(const Shape& shape, const std::vector<T>& qkv, const s
     return r;
 }
 
-// The ops, into poisoned and fenced buffers.
+// The first `width` of each row; the rest of a row must still be the poison.
+template <class X>
+std::vector<X> rows_of(const Guarded<X>& buffer, size_t N, size_t width, size_t stride) {
+    std::vector<X> rows;
+    for (size_t i = 0; i < N * stride; i++) {
+        if (i % stride < width) {
+            rows.push_back(buffer[i]);
+        } else {
+            CHECK(std::isnan(buffer[i]), "element %zu between the rows was written", i);
+        }
+    }
+    return rows;
+}
+
+// The ops, into poisoned and fenced buffers whose rows stand apart.
 template <class X>
 Result<X> device_attention(Cpu<X>& dev, const Shape& shape, const std::vector<X>& qkv, const std::vector<X>& dout) {
     const Starts s = starts_of(shape.lengths);
     const size_t N = s.N(), HS = size_t(shape.HS), NH = size_t(shape.NH);
     device_reserve(dev, attention_workspace(dev, N, s.longest, shape.NH, shape.NKV, shape.HS));
     memset(dev.workspace, 0xff, dev.workspace_bytes);  // NaN: what is read must have been written
-    Guarded<X> out(N * NH * HS), lse(NH * N), dqkv(qkv.size());
-    attention_forward(dev, out.data(), lse.data(), qkv.data(), s.at.data(), s.documents(), N, shape.NH, shape.NKV,
-                      shape.HS);
-    attention_backward(dev, dqkv.data(), dout.data(), out.data(), lse.data(), qkv.data(), s.at.data(), s.documents(), N,
+    const size_t wide = NH * HS, stride = wide + 3, QKV = qkv.size() / N, dstride = QKV + 5;
+    Guarded<X> out(N * stride), lse(NH * N), dqkv(N * dstride);
+    std::vector<int32_t> memory(Cpu<X>::document_ints(N));
+    const Documents docs = documents_place(dev, memory.data(), s.at.data(), s.documents(), shape.HS);
+    attention_forward(dev, out.data(), stride, lse.data(), qkv.data(), docs, N, shape.NH, shape.NKV, shape.HS);
+    attention_backward(dev, dqkv.data(), dstride, dout.data(), out.data(), stride, lse.data(), qkv.data(), docs, N,
                        shape.NH, shape.NKV, shape.HS);
     CHECK_FENCES(out);
     CHECK_FENCES(lse);
     CHECK_FENCES(dqkv);
-    return {std::vector<X>(out.data(), out.data() + out.n), std::vector<X>(lse.data(), lse.data() + lse.n),
-            std::vector<X>(dqkv.data(), dqkv.data() + dqkv.n), 0, 0};
+    return {rows_of(out, N, wide, stride), std::vector<X>(lse.data(), lse.data() + lse.n),
+            rows_of(dqkv, N, QKV, dstride), 0, 0};
 }
 
 std::string name_of(const Shape& shape) {
@@ -160,7 +176,10 @@ static void attention_differences() {
         const Starts s = starts_of(shape.lengths);
         std::vector<double> out(dout.size()), lse(s.N() * size_t(shape.NH));
         double error = difference_error(qkv, got.dqkv.data(), 1, [&] {
-            attention_forward(dev, out.data(), lse.data(), qkv.data(), s.at.data(), s.documents(), s.N(), shape.NH,
+            Documents docs;
+            docs.cu_seqlens = s.at.data();
+            docs.count = s.documents();
+            attention_forward(dev, out.data(), out.size() / s.N(), lse.data(), qkv.data(), docs, s.N(), shape.NH,
                               shape.NKV, shape.HS);
             double sum = 0;
             for (size_t i = 0; i < out.size(); i++) {

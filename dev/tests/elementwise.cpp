@@ -140,7 +140,7 @@ static void rmsnorm_formula() {
                 }
                 rmsnorm_rstd(dev, r.data(), in.data(), N, C, eps);
                 rmsnorm_forward(dev, out.data(), in.data(), r.data(), weight.data(), N, C);
-                rmsnorm_backward(dev, d.data(), din.data(), in.data(), r.data(), weight.data(), N, C);
+                rmsnorm_backward(dev, d.data(), size_t(C), din.data(), in.data(), r.data(), weight.data(), N, C);
                 check_against(name + ": rstd", r, rstd, rstd_bound);
                 check_against(name + ": out", out, y, out_bound);
                 check_against(name + ": dx", d, dx, dx_bound);
@@ -168,7 +168,7 @@ static void rmsnorm_differences() {
         return dot_of(out, dout);
     };
     loss();
-    rmsnorm_backward(dev, dx.data(), dout.data(), x.data(), rstd.data(), w.data(), N, C);
+    rmsnorm_backward(dev, dx.data(), size_t(C), dout.data(), x.data(), rstd.data(), w.data(), N, C);
     CHECK_ERROR("dx", difference_error(x, dx.data(), 1, loss), 1e-6);
 }
 
@@ -266,7 +266,7 @@ static void swiglu_formula() {
                 using X = typename std::decay<decltype(x[0])>::type;
                 Guarded<X> out(n), back(2 * n);
                 swiglu_forward(dev, out.data(), x.data(), N, F);
-                swiglu_backward(dev, back.data(), dx.data(), x.data(), N, F);
+                swiglu_backward(dev, back.data(), 2 * size_t(F), dx.data(), x.data(), N, F);
                 check_against(name + ": out", out, y, out_bound);
                 check_against(name + ": dgate_up", back, d, d_bound);
             };
@@ -286,12 +286,40 @@ static void swiglu_differences() {
     DoubleDevice dev(1);
     std::vector<double> x = random_values<double>(N * 2 * F, 1, 4), out(N * F), d(N * 2 * F);
     const std::vector<double> dout = random_values<double>(N * F, 2);
-    swiglu_backward(dev, d.data(), dout.data(), x.data(), N, F);
+    swiglu_backward(dev, d.data(), 2 * size_t(F), dout.data(), x.data(), N, F);
     double error = difference_error(x, d.data(), 1, [&] {
         swiglu_forward(dev, out.data(), x.data(), N, F);
         return dot_of(out, dout);
     });
     CHECK_ERROR("dgate_up", error, 1e-6);
+}
+
+// Gradients whose rows stand apart: the same bits, and nothing between the rows is touched.
+static void elementwise_strides() {
+    const size_t N = 5, gap = 3;
+    const int C = 33, F = 17;
+    DoubleDevice dev(2);
+    const std::vector<double> x = random_values<double>(N * 2 * C, 1), dout = random_values<double>(N * C, 2),
+                              w = random_values<double>(C, 3), rstd(N, 0.7);
+    std::vector<double> dense(N * C, 0.25), dense2(N * 2 * F);
+    rmsnorm_backward(dev, dense.data(), C, dout.data(), x.data(), rstd.data(), w.data(), N, C);
+    swiglu_backward(dev, dense2.data(), 2 * F, dout.data(), x.data(), N, F);
+    Guarded<double> apart(N * (C + gap)), apart2(N * (2 * F + gap));
+    for (size_t i = 0; i < N * C; i++) {
+        apart[i / C * (C + gap) + i % C] = 0.25;
+    }
+    rmsnorm_backward(dev, apart.data(), C + gap, dout.data(), x.data(), rstd.data(), w.data(), N, C);
+    swiglu_backward(dev, apart2.data(), 2 * F + gap, dout.data(), x.data(), N, F);
+    const auto check = [&](const char* name, const Guarded<double>& a, const std::vector<double>& d, size_t width) {
+        CHECK_FENCES(a);
+        for (size_t i = 0; i < a.n; i++) {
+            size_t row = i / (width + gap), column = i % (width + gap);
+            CHECK(column < width ? same_bits(&a[i], &d[row * width + column], 1) : std::isnan(a[i]),
+                  "%s: row %zu, column %zu", name, row, column);
+        }
+    };
+    check("rmsnorm_backward", apart, dense, C);
+    check("swiglu_backward", apart2, dense2, 2 * F);
 }
 
 // Rows are long enough that several workers get some.
@@ -307,9 +335,9 @@ static void elementwise_threads() {
             std::vector<float> rstd(N), norm(N * C), dx(N * C), swiglu(N * C / 2), dgate_up(N * C);
             rmsnorm_rstd(dev, rstd.data(), x.data(), N, C, 1e-5);
             rmsnorm_forward(dev, norm.data(), x.data(), rstd.data(), w.data(), N, C);
-            rmsnorm_backward(dev, dx.data(), dout.data(), x.data(), rstd.data(), w.data(), N, C);
+            rmsnorm_backward(dev, dx.data(), size_t(C), dout.data(), x.data(), rstd.data(), w.data(), N, C);
             swiglu_forward(dev, swiglu.data(), x.data(), N, C / 2);
-            swiglu_backward(dev, dgate_up.data(), dout.data(), x.data(), N, C / 2);
+            swiglu_backward(dev, dgate_up.data(), size_t(C), dout.data(), x.data(), N, C / 2);
             for (const std::vector<float>* more : {&norm, &dx, &swiglu, &dgate_up}) {
                 rstd.insert(rstd.end(), more->begin(), more->end());
             }
@@ -476,6 +504,7 @@ extern const Test elementwise_tests[] = {{"embedding_rows", embedding_rows},
                                          {"rope_gradient", rope_gradient},
                                          {"swiglu_formula", swiglu_formula},
                                          {"swiglu_differences", swiglu_differences},
+                                         {"elementwise_strides", elementwise_strides},
                                          {"elementwise_threads", elementwise_threads},
                                          {"exp_sweep", exp_sweep},
                                          {"silu_ends", silu_ends},

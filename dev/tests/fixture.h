@@ -70,7 +70,7 @@ inline void batch_from_dump(Batch& b, const Dump& d) {
 struct FixtureOptions {
     int threads = 2;
     BaseOptions base = {false, true};  // as stored
-    Recompute recompute = Recompute::NONE;
+    const char* recompute = "none";  // as recompute_text has it
     float dropout = 0;
 };
 
@@ -93,8 +93,9 @@ void fixture_open(Fixture<Dev>& f, const std::string& name, const FixtureOptions
     batch_from_dump(f.batch, f.dump);
     llama_adapter_create(f.m, lora);
     e = adapter_load(f.m, dir + "/adapter");
-    llama_activations_create(f.m, f.batch.size() + 32, f.batch.size(), o.recompute, true);
-    f.ok = CHECK(!e, "%s", e.what.c_str());
+    RecomputePlan recompute;
+    f.ok = CHECK(!e, "%s", e.what.c_str()) && CHECK(recompute_parse(recompute, o.recompute, f.m.c.L), "%s", o.recompute);
+    llama_activations_create(f.m, f.batch.size() + 32, f.batch.size(), recompute, true);
 }
 
 template <class Dev>

@@ -17,9 +17,10 @@ inline std::string base() {
     return " -m " + source_path("dev/tiny_llama");
 }
 
-// Runs train_llama with these arguments, stdout and stderr in *output.
+// Runs train_llama with these arguments, stdout and stderr in *output. No GPU is visible to it unless the environment says
+// so: what these tests expect is the CPU's.
 inline int train(std::string* output, const std::string& arguments, const std::string& environment = "") {
-    return run_command(output, environment + " " + program() + " " + arguments);
+    return run_command(output, "CUDA_VISIBLE_DEVICES= " + environment + " " + program() + " " + arguments);
 }
 
 inline std::string file_text(const std::string& path) {

@@ -7,28 +7,44 @@
 #pragma once
 #include <cmath>
 
+#include "kernels/adamw.h"
 #include "kernels/cpu/parallel.h"
 #include "kernels/cpu/rows.h"
 
-struct AdamW {
-    double lr, beta1, beta2, eps, weight_decay;
-    int64_t step;       // from 1
-    double grad_scale;  // clip coefficient, 1 = none
-};
-
-// p, m, v (n) in place; g (n) is read only.
 template <class X>
-void adamw_update(Cpu<X>& dev, typename Cpu<X>::real* p, typename Cpu<X>::real* m, typename Cpu<X>::real* v,
+size_t first_nonfinite(Cpu<X>& dev, const typename Cpu<X>::real* x, size_t n);
+
+// All memory is the host's: nothing is paged.
+template <class X>
+void* device_alloc_host(Cpu<X>&, size_t, const char*) {
+    return nullptr;
+}
+template <class X>
+void moments_open(Cpu<X>&, const typename Cpu<X>::real*) {}
+template <class X>
+size_t moments_slab_bytes(const Cpu<X>&) {
+    return 0;
+}
+template <class X>
+void moments_settle(Cpu<X>&) {}
+template <class X>
+void adamw_prefetch(Cpu<X>&, const typename Cpu<X>::real*, const typename Cpu<X>::real*, size_t) {}
+template <class X>
+size_t optimizer_workspace(const Cpu<X>&) {
+    return 0;
+}
+
+// p, m, v (n) in place; g (n) is read only. Returns the index of the first element of p that is then infinite or NaN; n
+// when all are finite.
+template <class X>
+size_t adamw_update(Cpu<X>& dev, typename Cpu<X>::real* p, typename Cpu<X>::real* m, typename Cpu<X>::real* v,
                   const typename Cpu<X>::real* g, size_t n, const AdamW& a) {
     using real = typename Cpu<X>::real;
-    const double correction1 = 1 - std::pow(a.beta1, double(a.step)),
-                 correction2 = 1 - std::pow(a.beta2, double(a.step));
-    const AdamWScalars<real> s = {
-        real(a.grad_scale), real(1 - a.lr * a.weight_decay), real(1 - a.beta1), real(a.beta2),
-        real(1 - a.beta2),  real(std::sqrt(correction2)),    real(a.eps),       real(-(a.lr / correction1))};
+    const AdamWScalars<real> s = adamw_scalars<real>(a);
     parallel_ranges(dev.threads, n, 16384, [&](size_t begin, size_t end, int) {
         row_kernels(dev).adamw(p + begin, m + begin, v + begin, g + begin, end - begin, &s);
     });
+    return first_nonfinite(dev, p, n);
 }
 
 constexpr size_t SUM_BLOCKS = 256;

@@ -24,13 +24,15 @@ struct AttentionShape {
     int MR, NR;     // register tile
     size_t keys;    // forward: keys a block
     size_t block;   // backward: queries and keys a block; a multiple of NR
-    size_t stride;  // of a row of qkv
+    size_t stride;      // of a row of qkv
+    size_t out_stride;  // of a row of out
 };
 
 template <class X>
 AttentionShape attention_shape(const Cpu<X>& dev, int NH, int NKV, int HS) {
     const int MR = tile_rows(dev), NR = tile_columns(dev);
-    return {NH, NKV, HS, MR, NR, size_t(16 * MR), size_t((64 + NR - 1) / NR * NR), size_t(NH + 2 * NKV) * size_t(HS)};
+    return {NH, NKV, HS, MR, NR, size_t(16 * MR), size_t((64 + NR - 1) / NR * NR), size_t(NH + 2 * NKV) * size_t(HS),
+            size_t(NH) * size_t(HS)};
 }
 
 inline size_t round_up(size_t n, size_t to) {
@@ -221,15 +223,18 @@ void attention_forward_panel(const Cpu<X>& dev, const AttentionShape& s, const A
         lse[c] = w.max[c] + std::log(w.sum[c]);
     }
     row_kernels(dev).scale_columns(w.O, HS, NR, w.shrink);
-    transpose_lines(dev, out, size_t(s.NH) * HS, s.HS, w.O, NR, s.HS, queries);
+    transpose_lines(dev, out, s.out_stride, s.HS, w.O, NR, s.HS, queries);
 }
 
-// out (N, NH*HS), lse (NH, N) = of qkv (N, QKV): q | k | v heads side by side. Query head h uses kv head
-// h / (NH / NKV). cu_seqlens (documents + 1): first token of each document, then N; no document is empty.
+// out (N, NH*HS), rows out_stride apart, lse (NH, N) = of qkv (N, QKV): q | k | v heads side by side. Query head h uses
+// kv head h / (NH / NKV). No document is empty.
 template <class X>
-void attention_forward(Cpu<X>& dev, X* out, typename Cpu<X>::real* lse, const X* qkv, const int32_t* cu_seqlens,
-                       int documents, size_t N, int NH, int NKV, int HS) {
-    const AttentionShape s = attention_shape(dev, NH, NKV, HS);
+void attention_forward(Cpu<X>& dev, X* out, size_t out_stride, typename Cpu<X>::real* lse, const X* qkv,
+                       const Documents& docs, size_t N, int NH, int NKV, int HS) {
+    AttentionShape s = attention_shape(dev, NH, NKV, HS);
+    s.out_stride = out_stride;
+    const int32_t* cu_seqlens = docs.cu_seqlens;
+    const int documents = docs.count;
     const size_t NR = size_t(s.NR), group = size_t(NH / NKV), width = size_t(HS);
     const AttentionPlan plan = attention_plan(dev.threads, cu_seqlens, documents, NKV, NR, false);
     size_t longest = 0;
@@ -251,7 +256,7 @@ void attention_forward(Cpu<X>& dev, X* out, typename Cpu<X>::real* lse, const X*
         for (size_t h = size_t(t.kv) * group; h < size_t(t.kv + 1) * group; h++) {
             for (size_t q = t.i0 * NR; q < keys; q += NR) {
                 const size_t row = t.first + q, n = keys - q < NR ? keys - q : NR;
-                attention_forward_panel(dev, s, w, out + (row * size_t(NH) + h) * width, lse + h * N + row,
+                attention_forward_panel(dev, s, w, out + row * out_stride + h * width, lse + h * N + row,
                                         qkv + row * s.stride + h * width, q, n, keys);
             }
         }
@@ -339,14 +344,15 @@ void attention_backward_keys(const Cpu<X>& dev, const AttentionShape& s, const A
 
 // out: `lines` rows of one head, stride elements apart = factor * sum [panel][HS][NR].
 template <class X>
-void attention_backward_store(const Cpu<X>& dev, const AttentionShape& s, X* out, X* sum, size_t lines, X factor) {
+void attention_backward_store(const Cpu<X>& dev, const AttentionShape& s, X* out, size_t stride, X* sum, size_t lines,
+                              X factor) {
     const size_t HS = size_t(s.HS), NR = size_t(s.NR);
     for (size_t line = 0; line < lines; line += NR) {
         X* panel = sum + line * HS;
         for (size_t i = 0; i < HS * NR; i++) {
             panel[i] *= factor;
         }
-        transpose_lines(dev, out + line * s.stride, s.stride, s.HS, panel, NR, s.HS,
+        transpose_lines(dev, out + line * stride, stride, s.HS, panel, NR, s.HS,
                         lines - line < NR ? lines - line : NR);
     }
 }
@@ -355,6 +361,7 @@ void attention_backward_store(const Cpu<X>& dev, const AttentionShape& s, X* out
 template <class X>
 struct AttentionGradients {
     X* dqkv;
+    size_t dqkv_stride;
     const X *dout, *out;
     const typename Cpu<X>::real* lse;
     const X* qkv;
@@ -368,7 +375,7 @@ void attention_backward_queries(const Cpu<X>& dev, const AttentionShape& s, cons
     const size_t HS = size_t(s.HS), NR = size_t(s.NR), wide = size_t(s.NH) * HS;
     const X scale = X(1 / std::sqrt(double(s.HS)));
     const X *q = a.qkv + row * s.stride + h * HS, *dout = a.dout + row * wide + h * HS,
-            *out = a.out + row * wide + h * HS;
+            *out = a.out + row * s.out_stride + h * HS;
     for (size_t i = 0; i < queries; i += NR) {
         const size_t n = queries - i < NR ? queries - i : NR;
         attention_pack_queries(dev, s, w.Q + i * HS, q + i * s.stride, s.stride, n, scale);
@@ -378,7 +385,7 @@ void attention_backward_queries(const Cpu<X>& dev, const AttentionShape& s, cons
     attention_pack_channels(s, w.dO_channels, dout, wide, queries, X(1));
     for (size_t i = 0; i < s.block; i++) {
         w.lse[i] = i < queries ? a.lse[h * a.N + row + i] : 0;
-        w.D[i] = i < queries ? row_kernels(dev).dot(dout + i * wide, out + i * wide, HS) : 0;
+        w.D[i] = i < queries ? row_kernels(dev).dot(dout + i * wide, out + i * s.out_stride, HS) : 0;
     }
 }
 
@@ -420,22 +427,27 @@ void attention_backward_task(const Cpu<X>& dev, const AttentionShape& s, const A
             }
             if (t.dq) {
                 const X scale = X(1 / std::sqrt(double(s.HS)));
-                attention_backward_store(dev, s, a.dqkv + row * s.stride + h * HS, w.dQ, queries, scale);
+                attention_backward_store(dev, s, a.dqkv + row * a.dqkv_stride + h * HS, a.dqkv_stride, w.dQ, queries,
+                                         scale);
             }
         }
     }
     for (size_t j = t.j0; t.dkv && j < j1; j++) {
-        X* row = a.dqkv + (t.first + j * B) * s.stride;
-        attention_backward_store(dev, s, row + k_at, w.dK + j * w.sums, lines(j), X(1));
-        attention_backward_store(dev, s, row + v_at, w.dV + j * w.sums, lines(j), X(1));
+        X* row = a.dqkv + (t.first + j * B) * a.dqkv_stride;
+        attention_backward_store(dev, s, row + k_at, a.dqkv_stride, w.dK + j * w.sums, lines(j), X(1));
+        attention_backward_store(dev, s, row + v_at, a.dqkv_stride, w.dV + j * w.sums, lines(j), X(1));
     }
 }
 
-// dqkv (N, QKV) = the gradient for dout (N, NH*HS); out and lse as attention_forward left them.
+// dqkv (N, QKV), rows dqkv_stride apart, = the gradient for dout (N, NH*HS); out and lse as attention_forward left them.
 template <class X>
-void attention_backward(Cpu<X>& dev, X* dqkv, const X* dout, const X* out, const typename Cpu<X>::real* lse,
-                        const X* qkv, const int32_t* cu_seqlens, int documents, size_t N, int NH, int NKV, int HS) {
-    const AttentionShape s = attention_shape(dev, NH, NKV, HS);
+void attention_backward(Cpu<X>& dev, X* dqkv, size_t dqkv_stride, const X* dout, const X* out, size_t out_stride,
+                        const typename Cpu<X>::real* lse, const X* qkv, const Documents& docs, size_t N, int NH,
+                        int NKV, int HS) {
+    AttentionShape s = attention_shape(dev, NH, NKV, HS);
+    s.out_stride = out_stride;
+    const int32_t* cu_seqlens = docs.cu_seqlens;
+    const int documents = docs.count;
     const AttentionPlan plan = attention_plan(dev.threads, cu_seqlens, documents, NKV, s.block, true);
     size_t longest = 0;
     for (int d = 0; d < documents; d++) {
@@ -445,12 +457,22 @@ void attention_backward(Cpu<X>& dev, X* dqkv, const X* dout, const X* out, const
     Arena arena = arena_of(dev), one;
     attention_backward_space<X>(one, s, longest);
     char* space = arena_take<char>(arena, one.used * size_t(dev.threads));
-    const AttentionGradients<X> a = {dqkv, dout, out, lse, qkv, N};
+    const AttentionGradients<X> a = {dqkv, dqkv_stride, dout, out, lse, qkv, N};
     parallel_tasks(dev.threads, plan.tasks, [&](size_t index, int worker) {
         const AttentionTask t = attention_task(plan, index, cu_seqlens, NKV, s.block, true);
         Arena mine = {space + one.used * size_t(worker), 0, one.used};
         attention_backward_task(dev, s, attention_backward_space<X>(mine, s, longest), a, t);
     });
+}
+
+// memory: count + 1 ints.
+template <class X>
+Documents documents_place(Cpu<X>&, int32_t* memory, const int32_t* cu_seqlens, int count, int) {
+    memcpy(memory, cu_seqlens, (size_t(count) + 1) * sizeof(int32_t));
+    Documents docs;
+    docs.cu_seqlens = memory;
+    docs.count = count;
+    return docs;
 }
 
 // Of forward and backward, for documents of at most `longest` tokens.

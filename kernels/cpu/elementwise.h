@@ -50,14 +50,14 @@ void rmsnorm_forward(Cpu<X>& dev, X* out, const X* x, const typename Cpu<X>::rea
     });
 }
 
-// dx (N, C) += the gradient for dout (N, C); w is frozen and gets none.
+// dx (N, C), rows dx_stride apart, += the gradient for dout (N, C); w is frozen and gets none.
 template <class X>
-void rmsnorm_backward(Cpu<X>& dev, X* dx, const X* dout, const X* x, const typename Cpu<X>::real* rstd,
+void rmsnorm_backward(Cpu<X>& dev, X* dx, size_t dx_stride, const X* dout, const X* x, const typename Cpu<X>::real* rstd,
                       const typename Cpu<X>::real* w, size_t N, int C) {
     parallel_ranges(dev.threads, N, rows_grain(size_t(C)), [&](size_t begin, size_t end, int) {
         for (size_t row = begin; row < end; row++) {
             const size_t at = row * size_t(C);
-            row_kernels(dev).norm_grad(dx + at, dout + at, x + at, rstd[row], w, size_t(C));
+            row_kernels(dev).norm_grad(dx + row * dx_stride, dout + at, x + at, rstd[row], w, size_t(C));
         }
     });
 }
@@ -100,14 +100,14 @@ void swiglu_forward(Cpu<X>& dev, X* out, const X* gate_up, size_t N, int F) {
     });
 }
 
-// dgate_up (N, 2F) = the gradient for dout (N, F).
+// dgate_up (N, 2F), rows stride apart, = the gradient for dout (N, F).
 template <class X>
-void swiglu_backward(Cpu<X>& dev, X* dgate_up, const X* dout, const X* gate_up, size_t N, int F) {
+void swiglu_backward(Cpu<X>& dev, X* dgate_up, size_t stride, const X* dout, const X* gate_up, size_t N, int F) {
     const size_t f = size_t(F);
     parallel_ranges(dev.threads, N, rows_grain(f), [&](size_t begin, size_t end, int) {
         for (size_t row = begin; row < end; row++) {
             const X* gate = gate_up + row * 2 * f;
-            X* dgate = dgate_up + row * 2 * f;
+            X* dgate = dgate_up + row * stride;
             row_kernels(dev).silu_mul_grad(dgate, dgate + f, dout + row * f, gate, gate + f, f);
         }
     });

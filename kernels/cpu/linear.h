@@ -84,6 +84,16 @@ size_t linear_workspace(const Cpu<X>& dev, const LinearGroup<typename Cpu<X>::re
     return forward.used > backward.used ? forward.used : backward.used;
 }
 
+// Weights are unpacked where they are used: nothing to do ahead, and nothing kept.
+template <class X>
+void linear_prefetch(Cpu<X>&, const LinearGroup<typename Cpu<X>::real>&, size_t) {}
+template <class X>
+size_t linear_slot_bytes(const Cpu<X>&, const LinearGroup<typename Cpu<X>::real>&, size_t) {
+    return 0;
+}
+template <class X>
+void linear_slots_reserve(Cpu<X>&, size_t) {}
+
 // ---- forward ----
 
 // xa_p (M rows from row0) = drop(x) A_p^T, x or drop(x) packed.

@@ -16,6 +16,23 @@
 // code 7 and absmax 0, so does a pad weight behind an odd n.
 void nf4_quantize(uint8_t* codes, float* absmax, const float* w, size_t n, int threads);
 
+// The same for a part of a matrix in device memory: here that is the host's. Codes stay in bitsandbytes' order, so there
+// is nothing to pack and no workspace.
+template <class X>
+void nf4_quantize(Cpu<X>& dev, uint8_t* codes, float* absmax, const float* w, size_t n) {
+    nf4_quantize(codes, absmax, w, n, dev.threads);
+}
+template <class X>
+bool nf4_packs(const Cpu<X>&, const Matrix&) {
+    return false;
+}
+template <class X>
+void nf4_pack(Cpu<X>&, Matrix&) {}
+template <class X>
+size_t nf4_load_workspace(const Cpu<X>&, size_t, size_t) {
+    return 0;
+}
+
 // The 8-bit map of double quantisation, ascending, -0.9929.. to 1 with 0 at 127: computed in fp32 step by step, as
 // bitsandbytes does.
 void nf4_map8(float map[256]);

@@ -1,5 +1,5 @@
 // Times attention forward and backward of Cpu<float> and compares with the FMA peak measured in the same process.
-//   attention [T] [HS] [NH] [NKV] [documents] [threads]
+//   build/release/cpu_attention [T] [HS] [NH] [NKV] [documents] [threads]
 // Floating-point operations are those of the causal triangle: 2 products forward, 5 backward.
 #include "kernels/cpu/attention.h"
 #include "kernels/random.h"
@@ -53,6 +53,9 @@ int main(int argc, char** argv) {
     for (int d = 0; d <= documents; d++) {
         starts.push_back(d * T);
     }
+    Documents docs;
+    docs.cu_seqlens = starts.data();
+    docs.count = documents;
     device_reserve(dev, attention_workspace(dev, N, size_t(T), NH, NKV, HS));
 
     std::vector<float> sink(size_t(dev.threads) * 64);
@@ -62,11 +65,11 @@ int main(int argc, char** argv) {
     });
     const double peak = double(counted[0]) * dev.threads / peak_time;
     const double forward = best_seconds(dev.threads, [&] {
-        attention_forward(dev, out.data(), lse.data(), qkv.data(), starts.data(), documents, N, NH, NKV, HS);
+        attention_forward(dev, out.data(), wide, lse.data(), qkv.data(), docs, N, NH, NKV, HS);
     });
     const double backward = best_seconds(dev.threads, [&] {
-        attention_backward(dev, dqkv.data(), dout.data(), out.data(), lse.data(), qkv.data(), starts.data(), documents,
-                           N, NH, NKV, HS);
+        attention_backward(dev, dqkv.data(), QKV, dout.data(), out.data(), wide, lse.data(), qkv.data(), docs, N, NH,
+                           NKV, HS);
     });
     const double product = double(documents) * NH * (double(T) * (T + 1) / 2) * HS * 2;
     printf("%s, %d threads, T %d, HS %d, heads %d/%d, documents %d: peak %.0f GFLOP/s\n", dev.isa->name, dev.threads, T,

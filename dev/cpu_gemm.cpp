@@ -2,7 +2,7 @@
 // the same threads. Build with the kernels of kernels/cpu; run alone on the machine, or read only the shares.
 // The peak is taken before every repetition.
 //
-//   dev/gemm [rows [threads [repetitions]]]        default 512, all, 7
+//   build/release/cpu_gemm [rows [threads [repetitions]]]        default 512, all, 7
 //
 // A line is one group of one linear, OC x C. `forward` and `backward` count the frozen product alone, without adapter,
 // norm or dropout; `lora` is the time of the same with an adapter of rank 16 (and dA, dB) over the time without.
