@@ -132,6 +132,9 @@ inline std::string speed_text(const Cpu<float>&, const Run& run, double tokens_p
 }
 template <class X>
 std::string speed_text(const Gpu<X>& dev, const Run&, double tokens_per_s) {
+    if (dev.info.gflops == 0) {
+        return "predicted speed: unknown, this device does not tell its clocks";
+    }
     return text_format("predicted speed %.*f tok/s (matrix products at %.0f TFLOP/s, memory at %.0f GB/s)",
                        tokens_per_s < 10 ? 2 : 0, tokens_per_s, dev.info.gflops / 1e3, dev.info.gbytes_per_s);
 }

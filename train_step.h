@@ -149,16 +149,25 @@ const char* device_owner(const Gpu<X>&) {
     return "card";
 }
 
-// The share of the machine's or card's memory that a plan may fill by itself. A card: all but what the driver and the
-// library's kernels take, and 3 % for what the sizes of allocations cannot foresee.
+// What no run can have: on a card, what the driver and the library's kernels take.
+template <class X>
+uint64_t plan_reserved(const Cpu<X>&) {
+    return 0;
+}
+template <class X>
+uint64_t plan_reserved(const Gpu<X>&) {
+    return uint64_t(768) << 20;
+}
+
+// The share of the machine's or card's memory that a plan may fill by itself. A card: 3 % stay for what the sizes of
+// allocations cannot foresee.
 template <class X>
 size_t plan_budget(const Cpu<X>&, uint64_t memory) {
     return size_t(memory / 10 * 7);
 }
 template <class X>
-size_t plan_budget(const Gpu<X>&, uint64_t memory) {
-    const uint64_t driver = uint64_t(768) << 20;
-    return memory > driver ? size_t((memory - driver) / 100 * 97) : 0;
+size_t plan_budget(const Gpu<X>& dev, uint64_t memory) {
+    return memory > plan_reserved(dev) ? size_t((memory - plan_reserved(dev)) / 100 * 97) : 0;
 }
 
 // Restoring the weights of a matrix costs about as much as multiplying this many tokens by it. GPU: 1.258 bytes a weight
@@ -287,12 +296,13 @@ Error plan_choose(Plan& p, Dev& dev, const LlamaConfig& c, const LoraConfig& lor
             return {};
         }
     }
-    if (p.total() > memory) {
+    if (p.total() + plan_reserved(dev) > memory) {
         const bool shorter = pass_tokens > 0 && size_t(pass_tokens) > longest;
         return runtime_failure(
-                   "the run needs %.1f GB of memory, the %s has %.1f GB (weights %.1f, adapter and optimizer %.1f, "
+                   "the run needs %.1f GB of memory, the %s has %.1f GB%s (weights %.1f, adapter and optimizer %.1f, "
                    "activations %.1f, workspace %.1f)",
-                   double(p.total()) / 1e9, device_owner(dev), double(memory) / 1e9, double(p.weights) / 1e9,
+                   double(p.total()) / 1e9, device_owner(dev), double(memory) / 1e9,
+                   plan_reserved(dev) > 0 ? ", 0.8 GB of it for the driver" : "", double(p.weights) / 1e9,
                    double(p.adapter + p.optimizer) / 1e9, double(p.activations) / 1e9, double(p.workspace) / 1e9)
             .hinted(shorter               ? "lower --pass-tokens"
                     : recompute != "auto" ? "--recompute full or auto, or shorter examples (-t)"

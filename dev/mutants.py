@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
 """Plants faults in the program, one at a time, and checks that the tests notice each.
 
-    mutants.py [--only SUBSTRING] [--list] [--jobs N] [--work DIR] [--output FILE]
+    mutants.py [--only SUBSTRING] [--list] [--check] [--jobs N] [--work DIR] [--output FILE]
 
 A fault is a piece of text of one source file and what replaces it. The tree itself is never touched: faults are planted
 in a copy. What depends on the changed file (g++ -MMD says it) is compiled again and linked with the other objects and
 with the test groups that the fault names. A fault is caught when one of those tests fails, by a check or by a crash;
-the same tests must pass without it. A fault that does not compile counts as missed.
+the same tests must pass without it. A fault that does not compile counts as missed. The GPU's kernels are compiled as
+the stand-in of dev/simt, which runs them on the CPU; their faults are in mutants_gpu.py.
 
-Writes the table of faults and tests to --output (all faults, so not with --only). The last line is
+Writes the tables of faults and tests to --output (all faults, so not with --only). --check compiles nothing: it says
+whether the text of every fault stands in its file, as often as the fault says. The last line is
 `N passed, N failed`: faults caught; faults missed, and tests that fail without any fault. Exit status 1 when anything
 failed. With --work the objects are kept for the next run. Needs g++ and what the program needs.
 """
@@ -26,21 +28,27 @@ import sys
 import tempfile
 import time
 
+sys.dont_write_bytecode = True  # of the module below: the tree stays as it is
+from mutants_gpu import FAULTS as GPU_FAULTS
+from mutants_gpu import Fault
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 X86 = platform.machine() in ("x86_64", "AMD64")
 FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-fopenmp", "-w"] + (["-march=x86-64-v2"] if X86 else [])
 TIERS = {"kernels/cpu/isa_avx2.cpp": ["-mavx2", "-mfma", "-mf16c", "-mbmi2"],
          "kernels/cpu/isa_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vbmi", "-mavx2",
                                         "-mfma", "-mf16c", "-mbmi2", "-mprefer-vector-width=512"]}
+# What decides whether the program is one for a GPU; nothing else asks.
+DEFINES = {"train_llama.cu": ["-DHAVE_GPU=0"]}
+# The GPU's kernels, for groups of tests named gpu_...
+GPU_SOURCES = ["kernels/gpu.cu", "kernels/gpu_attention.cu", "kernels/gpu_nf4.cu"]
+# Of the tests. A stream that does not wait for another one's event runs before it, or after: as a card's may.
+ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "SIMT_STREAMS": "queues"}
 LIBRARIES = ["-lpcre2-8", "-lcrypto"]
 LIBRARY_FOLDERS = ["", "io", "tokenizer", "kernels", "kernels/cpu"]
 SOURCES = (".cpp", ".cu", ".h", ".cuh", ".inc")
 LEFT_OUT = {".git", "build", "runs", "__pycache__", "train_llama", "test_llama"}  # of the copy
 TEST_SECONDS = 600
-
-# old: a space in it stands for any white space. tests: what is run, by group and a part of the name ("pack/": the whole
-# group). which = (k, n): the k-th of n places where the text stands; without it the text stands there once.
-Fault = collections.namedtuple("Fault", "name file old new tests which", defaults=[(1, 1)])
 
 FAULTS = [
     # ---- RMSNorm, RoPE, SwiGLU
@@ -83,9 +91,9 @@ FAULTS = [
     Fault("backward: query head h reads kv head h mod NKV", "kernels/cpu/attention.h", "size_t(t.kv) * group + g;",
           "size_t(t.kv) + g * size_t(s.NKV);", "attention/"),
     Fault("attention reaches across documents", "llama.h",
-          "device_to(m.dev, a.cu_seqlens, b.cu_seqlens.data(), b.cu_seqlens.size() * sizeof(int32_t));",
-          "const int32_t all[2] = {0, int32_t(p.N)}; p.documents = 1; device_to(m.dev, a.cu_seqlens, all, "
-          "sizeof(all));", "model/packed_equals_separate"),
+          "p.docs = documents_place(m.dev, a.documents, b.cu_seqlens.data(), int(b.cu_seqlens.size()) - 1, c.HS);",
+          "const int32_t all[2] = {0, int32_t(p.N)}; p.docs = documents_place(m.dev, a.documents, all, 1, c.HS);",
+          "model/packed_equals_separate"),
     Fault("attention's log-sum-exp without the maximum", "kernels/cpu/attention.h", "w.max[c] + std::log(w.sum[c])",
           "std::log(w.sum[c])", "attention/"),
     Fault("running sum of the softmax not shrunk to the new maximum", "kernels/cpu/leaf_rows.inc",
@@ -106,7 +114,7 @@ FAULTS = [
     Fault("only the last pass's gradient counts", "train_step.h", "        llama_backward(m, p);",
           "        llama_zero_gradients(m); llama_backward(m, p);", "model/accumulation"),
     Fault("the head reads the embedding though it is not tied", "llama_io.h", "if (m.c.tied) {\n            m.w.head",
-          "if (true) {\n            m.w.head", "model/dump_gqa"),
+          "if (true) {\n            m.w.head", "model/dump_gqa", (1, 2)),
     Fault("a stored head is used though it is tied", "llama_io.h", "m.w.head = m.w.embed;",
           "m.w.head = m.w.embed; if (safetensors_find(r.st, \"lm_head.weight\")) { LoadWeights<Dev> more{m, r, "
           "options, {}}; more.matrix(\"lm_head.weight\", m.w.head, m.c.V, m.c.C, false); }", "load/ model/dump_tied",
@@ -139,9 +147,9 @@ FAULTS = [
     Fault("A starts in [0, bound)", "llama.h", "(2 * u - 1) * bound", "u * bound", "model/adapter_start"),
 
     # ---- AdamW and the schedule
-    Fault("AdamW without the second moment's bias correction", "kernels/cpu/adamw.h", "real(std::sqrt(correction2))",
-          "real(1)", "adamw/"),
-    Fault("AdamW's first bias correction one step late", "kernels/cpu/adamw.h", "1 - std::pow(a.beta1, double(a.step))",
+    Fault("AdamW without the second moment's bias correction", "kernels/adamw.h", "Real(std::sqrt(correction2))",
+          "Real(1)", "adamw/"),
+    Fault("AdamW's first bias correction one step late", "kernels/adamw.h", "1 - std::pow(a.beta1, double(a.step))",
           "1 - std::pow(a.beta1, double(a.step + 1))", "adamw/"),
     Fault("weight decay after the update", "kernels/cpu/leaf_rows.inc", "v_set1(a->step_size), mean)",
           "v_set1(a->step_size * a->keep), mean)", "adamw/"),
@@ -165,7 +173,7 @@ FAULTS = [
     # ---- recomputation
     Fault("gate and up made again from the layer below", "llama.h", "layer_gate_up(m, p, l);",
           "layer_gate_up(m, p, l > 0 ? l - 1 : 0);", "model/same_bits_for_any_recompute", (2, 2)),
-    Fault("attention not made again", "llama.h", "        layer_qkv_attention(m, p, l);", "        ;",
+    Fault("attention not made again", "llama.h", "if (policy == Recompute::FULL) { layer_attention(m, p, l); }", "",
           "model/same_bits_for_any_recompute"),
 
     # ---- NF4 and dtypes
@@ -315,6 +323,32 @@ def copy_tree(tree):
         os.remove(os.path.join(tree, path))
 
 
+def places_of(fault, text):
+    """Begin and end of each place where the fault's old text stands."""
+    pattern = r"\s+".join(re.escape(word) for word in re.split(r"\s+", fault.old))
+    return [m.span() for m in re.finditer(pattern, text)]
+
+
+def wrong_places(fault, places):
+    return "the text stands there %d times, not %d" % (len(places), fault.which[1])
+
+
+def check_texts(faults):
+    """What --check prints. Faults whose text does not stand in the tree as they say."""
+    wrong = 0
+    for fault in faults:
+        path = os.path.join(ROOT, fault.file)
+        places = []
+        if os.path.exists(path):
+            with open(path, encoding="utf-8", newline="") as f:
+                places = places_of(fault, f.read())
+        if len(places) != fault.which[1]:
+            print("FAILED %s (%s): %s" % (fault.name, fault.file, wrong_places(fault, places)))
+            wrong += 1
+    print("%d passed, %d failed" % (len(faults) - wrong, wrong))
+    return wrong
+
+
 class Build:
     """Objects of the copy in work/obj, those of the present fault in work/fault."""
 
@@ -346,8 +380,8 @@ class Build:
         return all(os.path.exists(f) and os.path.getmtime(f) <= os.path.getmtime(made) for f in files)
 
     def compile(self, source, made):
-        tier = TIERS.get(source, []) if X86 else []
-        self.call(["g++", *FLAGS, *tier, "-I.", "-MMD", "-x", "c++", "-c", source, "-o", made])
+        special = DEFINES.get(source, []) + (TIERS.get(source, []) if X86 else [])
+        self.call(["g++", *FLAGS, *special, "-I.", "-MMD", "-x", "c++", "-c", source, "-o", made])
 
     def call(self, command):
         done = subprocess.run(command, cwd=self.tree, capture_output=True, text=True)
@@ -382,6 +416,7 @@ class Build:
         """The tests of a group; for the trainer's also the program itself, whose path is put into the environment."""
         name = "fault_" if changed else ""
         sources = self.library + ["dev/tests/test.cpp", "dev/tests/" + group + ".cpp"]
+        sources += GPU_SOURCES if group.startswith("gpu_") else []
         program = self.link(self.objects(sources, changed) + [self.group_main(group)], name + "tests")
         if group == "trainer":
             trainer = self.objects(self.library + ["train_llama.cu"], changed)
@@ -394,7 +429,7 @@ class Build:
         files = os.path.join(self.work, "files")  # of the tests: one that crashes leaves its own behind
         shutil.rmtree(files, ignore_errors=True)
         os.makedirs(files)
-        os.environ.update(TRAIN_LLAMA_ROOT=self.tree, TMPDIR=files)
+        os.environ.update(ENVIRONMENT, TRAIN_LLAMA_ROOT=self.tree, TMPDIR=files)
         results, last = {}, None
         try:
             output = subprocess.run([program, *parts], cwd=self.tree, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
@@ -420,12 +455,11 @@ class Build:
             return
         with open(path, encoding="utf-8", newline="") as f:
             text = f.read()
-        pattern = r"\s+".join(re.escape(word) for word in re.split(r"\s+", fault.old))
-        places, (k, n), times = [m.span() for m in re.finditer(pattern, text)], fault.which, os.stat(path)
-        if len(places) != n:
-            yield "the text stands there %d times, not %d" % (len(places), n)
+        places, times = places_of(fault, text), os.stat(path)
+        if len(places) != fault.which[1]:
+            yield wrong_places(fault, places)
             return
-        begin, end = places[k - 1]
+        begin, end = places[fault.which[0] - 1]
         try:
             self.write(path, text[:begin] + fault.new + text[end:], times)
             yield None
@@ -481,36 +515,48 @@ def try_fault(build, fault, known):
     return caught, "" if caught else "no test failed of: " + fault.tests
 
 
-def write_table(path, rows):
-    caught = sum(1 for _, tests in rows if tests)
+def write_rows(f, rows):
+    f.write("| fault | file | caught by |\n|---|---|---|\n")
+    for fault, tests in rows:
+        more = " and %d more" % (len(tests) - 3) if len(tests) > 3 else ""
+        f.write("| %s | %s | %s |\n" % (fault.name.replace("|", "\\|"), fault.file,
+                                        ", ".join(tests[:3]) + more if tests else "**no test**"))
+
+
+def caught_of(rows):
+    return "%d of %d faults are caught.\n\n" % (sum(1 for _, tests in rows if tests), len(rows))
+
+
+def write_tables(path, rows):
     with open(path, "w", encoding="utf-8") as f:
+        plain, gpu = [r for r in rows if r[0] not in GPU_FAULTS], [r for r in rows if r[0] in GPU_FAULTS]
         f.write("# Planted faults\n\n"
                 "Each row is a fault that `dev/mutants.py` plants in the program, alone, and the tests of\n"
                 "`test_llama` that fail with it and pass without it: the first three, of those that the script runs\n"
-                "for this fault. "
-                "%d of %d faults are caught.\n\n" % (caught, len(rows)))
-        f.write("| fault | file | caught by |\n|---|---|---|\n")
-        for fault, tests in rows:
-            more = " and %d more" % (len(tests) - 3) if len(tests) > 3 else ""
-            f.write("| %s | %s | %s |\n" % (fault.name.replace("|", "\\|"), fault.file,
-                                            ", ".join(tests[:3]) + more if tests else "**no test**"))
+                "for this fault. " + caught_of(plain))
+        write_rows(f, plain)
+        f.write("\n## GPU kernels (through the stand-in)\n\n" + caught_of(gpu))
+        write_rows(f, gpu)
 
 
 def main():
     parser = argparse.ArgumentParser(description="Plants faults in the program and checks that the tests notice each.")
     parser.add_argument("--only", default="", metavar="SUBSTRING", help="faults with this in name, file or tests")
     parser.add_argument("--list", action="store_true", help="show the faults and stop")
+    parser.add_argument("--check", action="store_true", help="look for the text of each fault in the tree and stop")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="compilers at a time")
     parser.add_argument("--work", metavar="DIR", help="keep copy and objects there (default: a temporary directory)")
     parser.add_argument("--output", default=os.path.join(ROOT, "dev/results/mutants.md"), metavar="FILE")
     options = parser.parse_args()
-    faults = [f for f in FAULTS if options.only in " ".join([f.name, f.file, f.tests])]
+    faults = [f for f in FAULTS + GPU_FAULTS if options.only in " ".join([f.name, f.file, f.tests])]
     if not faults:
         parser.error("no fault has %r in it" % options.only)
     if options.list:
         for fault in faults:
             print("%-66s %-28s %s" % (fault.name, fault.file, fault.tests))
         return 0
+    if options.check:
+        return 1 if check_texts(faults) else 0
     with tempfile.TemporaryDirectory(prefix="mutants.") as temporary:
         work = os.path.abspath(options.work or temporary)
         build = Build(work, options.jobs)
@@ -533,7 +579,7 @@ def main():
                                             ", ".join(caught[:3]) or problem), flush=True)
     if not options.only and faults:
         os.makedirs(os.path.dirname(os.path.abspath(options.output)), exist_ok=True)
-        write_table(options.output, rows)
+        write_tables(options.output, rows)
     caught = sum(1 for _, tests in rows if tests)
     failed = len(rows) - caught + len(problems)
     print("%d passed, %d failed" % (caught, failed))
