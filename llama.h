@@ -10,6 +10,7 @@
 // Letters: N tokens of a pass (whole documents in a row, no padding), L layers, C hidden, F ffn, NH query heads, NKV
 // key/value heads, HS head size, V vocabulary, R rank, OC output channels; QKV = (NH + 2 NKV) HS. d... = gradient.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <string>
@@ -276,7 +277,7 @@ size_t activation_bytes(const LlamaConfig& c, const LoraConfig& lora, size_t N, 
     Activations<Dev> a;
     size_t bytes = 0;
     each_activation(a, c, lora, N, recompute, backward, [&](const char*, auto*& p, size_t copies, size_t elements) {
-        bytes += placed_bytes(copies * elements * sizeof(*p));
+        bytes += placed_bytes(std::max<size_t>(copies * elements, 1) * sizeof(*p));  // llama_alloc's least is one
     });
     return bytes;
 }
@@ -321,9 +322,10 @@ struct Llama {
 
 template <class Dev, class T>
 void llama_alloc(Llama<Dev>& m, T*& p, size_t elements, const char* what) {
-    p = static_cast<T*>(device_alloc(m.dev, (elements > 0 ? elements : 1) * sizeof(T), what));
+    const size_t bytes = std::max<size_t>(elements, 1) * sizeof(T);
+    p = static_cast<T*>(device_alloc(m.dev, bytes, what));
     m.allocations.push_back(p);
-    m.placed += placed_bytes(elements * sizeof(T));
+    m.placed += placed_bytes(bytes);
 }
 
 // The four adapter buffers (gradients and moments zero, p not yet set) and the linear groups that point into them.
@@ -396,8 +398,8 @@ void llama_adapter_init(Llama<Dev>& m, uint64_t seed) {
 template <class Dev>
 size_t llama_workspace_bytes(const Llama<Dev>& m, size_t N, size_t longest) {
     size_t bytes = attention_workspace(m.dev, N, longest, m.c.NH, m.c.NKV, m.c.HS);
-    for (int g = 0; g < GROUPS && !m.groups.empty(); g++) {
-        bytes = std::max(bytes, linear_workspace(m.dev, m.groups[g], N));
+    for (const LinearGroup<typename Dev::real>& g : m.groups) {
+        bytes = std::max(bytes, linear_workspace(m.dev, g, N));
     }
     return std::max({bytes, classifier_workspace(m.dev, m.c.C, m.c.V, N), optimizer_workspace(m.dev)});
 }
@@ -406,8 +408,8 @@ size_t llama_workspace_bytes(const Llama<Dev>& m, size_t N, size_t longest) {
 template <class Dev>
 size_t llama_slot_bytes(const Llama<Dev>& m, size_t N) {
     size_t bytes = 0;
-    for (int g = 0; g < GROUPS && !m.groups.empty(); g++) {
-        bytes = std::max(bytes, linear_slot_bytes(m.dev, m.groups[g], N));
+    for (const LinearGroup<typename Dev::real>& g : m.groups) {
+        bytes = std::max(bytes, linear_slot_bytes(m.dev, g, N));
     }
     return bytes;
 }

@@ -2,6 +2,7 @@
 // use. No weights, no tokenizer.
 #pragma once
 #include <cstdint>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -31,6 +32,7 @@ struct LlamaConfig {
     std::vector<int> eos_ids;  // of config.json, then those that generation_config.json adds
     std::string name;          // _name_or_path, or ""
     std::string dtype;         // torch_dtype as written ("bfloat16"), or ""
+    std::set<std::string> bnb_plain, bnb_flat;  // bitsandbytes: linears left unquantised; quantised once (bnb_layout_read)
     std::string text;          // config.json's bytes
     std::vector<std::string> warnings;
 };

@@ -37,13 +37,38 @@ inline size_t store_bytes(Store s) {  // of an element; not for NF4
 
 // A matrix as it will be held, without memory.
 template <class Dev>
-Matrix base_matrix(const Dev& dev, const LlamaConfig& c, const BaseOptions& options, bool linear, int rows, int cols) {
+Matrix base_matrix(const Dev& dev, const LlamaConfig& c, const BaseOptions& options, const std::string& name,
+                   bool linear, int rows, int cols) {
+    const bool nf4 = linear && (c.bnb_nf4 ? c.bnb_plain.count(name) == 0 : options.nf4);
     Matrix w;
     w.rows = rows;
     w.cols = cols;
-    w.store = linear && (options.nf4 || c.bnb_nf4) ? Store::NF4 : device_store(dev, dtype_store(c.dtype));
+    w.store = nf4 ? Store::NF4 : device_store(dev, dtype_store(c.dtype));
     w.packed = w.store == Store::NF4 && nf4_packs(dev, w);
     return w;
+}
+
+// A bitsandbytes checkpoint decides tensor by tensor what is quantised, and whether its absmax is too: which linears are
+// not, by their headers alone. Nothing for other checkpoints.
+inline Error bnb_layout_read(LlamaConfig& c, const std::string& model_dir) {
+    if (!c.bnb_nf4) {
+        return {};
+    }
+    Safetensors st;
+    Error e = checkpoint_open(st, model_dir);
+    for (int l = 0; l < c.L && !e; l++) {
+        for (int m = 0; m < MODULES; m++) {
+            const std::string name = "model.layers." + std::to_string(l) + "." + module_path[m] + ".weight";
+            const Tensor* t = safetensors_find(st, name);
+            if (t != nullptr && t->dtype != "U8") {
+                c.bnb_plain.insert(name);
+            } else if (t != nullptr && safetensors_find(st, name + ".nested_absmax") == nullptr) {
+                c.bnb_flat.insert(name);
+            }
+        }
+    }
+    safetensors_close(st);
+    return e;
 }
 
 // Rows of an embedding that is not the head too can be gathered over the bus.
@@ -59,13 +84,14 @@ struct BaseBytes {
     size_t bytes = 0, load_workspace = 0;
 
     void matrix(const std::string& name, Matrix&, int rows, int cols, bool linear) {
-        const Matrix w = base_matrix(dev, c, options, linear, rows, cols);
+        const Matrix w = base_matrix(dev, c, options, name, linear, rows, cols);
+        const bool nested = c.bnb_nf4 ? c.bnb_flat.count(name) == 0 : options.double_quant;
         if (w.store != Store::NF4) {
             bytes += is_host_embed(c, options, name) ? 0 : placed_bytes(w.elements() * store_bytes(w.store));
             return;
         }
         bytes += placed_bytes((w.elements() + 1) / 2);
-        bytes += options.double_quant ? placed_bytes(w.blocks()) + placed_bytes((w.blocks() + 255) / 256 * 4) +
+        bytes += nested ? placed_bytes(w.blocks()) + placed_bytes((w.blocks() + 255) / 256 * 4) +
                                             placed_bytes(256 * 4)
                                       : placed_bytes(w.blocks() * 4);
         load_workspace = std::max(load_workspace, nf4_load_workspace(dev, w.elements(), LOAD_CHUNK));

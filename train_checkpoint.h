@@ -166,7 +166,8 @@ Error checkpoint_restore(Llama<Dev>& m, const Checkpoint& checkpoint) {
     for (const char* name : names) {
         const Tensor* t = safetensors_find(r.st, name);
         if (t == nullptr || t->dtype != "F32" || t->elements() != m.adapter.size) {
-            return bad_input("%s: tensor %s is missing or has another size than the adapter", path.c_str(), name);
+            error = bad_input("%s: tensor %s is missing or has another size than the adapter", path.c_str(), name);
+            break;
         }
         error = tensor_stream(r, *t, [&](const void*, const float* x, uint64_t first, size_t count) {
             std::copy(x, x + count, host.begin() + first);

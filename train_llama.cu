@@ -72,7 +72,7 @@ void plan_show(Run& run, const Dev& dev) {
         {"  base (" + p.base_text + (p.host_embed && !run.c.tied ? ", embedding on the host)" : ")"),
          text_bytes(double(p.weights))},
         {"  adapter and gradients (fp32)", text_bytes(double(p.adapter))},
-        {p.optimizer == p.adapter ? "  optimizer moments (fp32)" : "  optimizer moments (fp32, on the host; two slabs)",
+        {!p.paged ? "  optimizer moments (fp32)" : "  optimizer moments (fp32, on the host; two slabs)",
          text_bytes(double(p.optimizer))},
         {text_format("  activations (passes of %zu tokens, recompute %s)", p.pass_tokens,
                      recompute_text(p.recompute).c_str()),
@@ -312,8 +312,10 @@ static Error model_open(Run& run) {
         return llama_config_shape(run.c, run.o.model.substr(6));
     }
     run.model_dir = run.o.model.empty() ? default_model(run) : run.o.model;
-    if (Error e = llama_config_read(run.c, run.model_dir)) {
-        return e;
+    Error read = llama_config_read(run.c, run.model_dir);
+    read = read ? read : bnb_layout_read(run.c, run.model_dir);
+    if (read) {
+        return read;
     }
     for (const std::string& w : run.c.warnings) {
         console_warn(run.console, "%s", w.c_str());
@@ -579,8 +581,17 @@ Error data_and_plan(Run& run, Dev& dev, const BaseOptions& base, size_t* longest
     Error e =
         plan_choose(run.plan, dev, run.c, run.lora, base, *longest, most, o.pass_tokens, o.recompute, device_memory(dev));
     if (run.checkpoint.step >= 0) {
+        const Plan chosen = run.plan;
         execution_restore(run, device_tier(dev));
         plan_fill(run.plan, dev, run.c, run.lora, base, *longest);
+        if (!e && plan_counted(dev, run.plan) >
+                      std::max(plan_counted(dev, chosen), plan_budget(dev, device_memory(dev)))) {
+            console_warn(run.console,
+                         "the checkpoint's passes of %zu tokens, recompute %s, do not fit here: the same training, no "
+                         "longer the same bits",
+                         run.plan.pass_tokens, recompute_text(run.plan.recompute).c_str());
+            run.plan = chosen;
+        }
     }
     plan_show(run, dev);
     return e;

@@ -85,12 +85,15 @@ Llama<Dev> plan_model(Dev& dev, const LlamaConfig& c, const LoraConfig& lora, co
     Llama<Dev> m;
     m.dev = dev;
     m.c = c;
-    m.groups.assign(GROUPS, {});
-    for (int g = 0; g < GROUPS; g++) {
-        LinearGroup<typename Dev::real>& group = m.groups[g];
+    const int layers = c.bnb_plain.empty() ? 1 : c.L;  // unless they differ, one stands for all
+    m.groups.assign(size_t(layers) * GROUPS, {});
+    for (int at = 0; at < layers * GROUPS; at++) {
+        const int g = at % GROUPS;
+        LinearGroup<typename Dev::real>& group = m.groups[at];
         for (int i = group_first[g]; i < group_first[g + 1]; i++) {
             LinearPart<typename Dev::real>& part = group.part[group.parts++];
-            part.w = base_matrix(dev, c, base, true, module_rows(c, i), module_cols(c, i));
+            const std::string name = "model.layers." + std::to_string(at / GROUPS) + "." + module_path[i] + ".weight";
+            part.w = base_matrix(dev, c, base, name, true, module_rows(c, i), module_cols(c, i));
             part.r = lora.target[i] ? lora.r : 0;
             group.OC += part.w.rows;
         }
@@ -268,6 +271,7 @@ Error plan_choose(Plan& p, Dev& dev, const LlamaConfig& c, const LoraConfig& lor
     sizes.push_back(pass_tokens > 0 ? size_t(pass_tokens) : longest);
     const size_t budget = plan_budget(dev, memory);
     const Plan wish = p;
+    const size_t wide = 2 * placed_bytes(adapter_elements(c, lora) * sizeof(typename Dev::real));  // moments unpaged
     for (int rung = 0; rung < plan_rungs(dev); rung++) {
         Plan best;
         double least = 0;
@@ -275,7 +279,7 @@ Error plan_choose(Plan& p, Dev& dev, const LlamaConfig& c, const LoraConfig& lor
             p = wish;
             p.gemm = rung > 0 && wish.gemm == GemmPath::AUTO ? GemmPath::FUSED : wish.gemm;
             p.host_embed = rung > 1;
-            p.paged = rung > 2 || wish.paged;
+            p.paged = wish.paged || (rung > 2 && moments_slab_bytes(dev) < wide);
             p.pass_tokens = n;
             bool fit;
             if (recompute == "auto") {

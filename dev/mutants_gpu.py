@@ -267,8 +267,8 @@ FAULTS = [
           "size_t(std::min(l, std::max(layers_keeping(m.recompute, least), 1) - 1))",
           "gpu_model/same_bits_for_any_recompute model/same_bits_for_any_recompute"),
     Fault("a small card pages its moments before its embedding leaves it", "train_step.h",
-          "p.host_embed = rung > 1; p.paged = rung > 2 || wish.paged;",
-          "p.host_embed = rung > 2; p.paged = rung > 1 || wish.paged;", "gpu_paged/plans_for_small"),
+          "p.host_embed = rung > 1; p.paged = wish.paged || (rung > 2 &&",
+          "p.host_embed = rung > 2; p.paged = wish.paged || (rung > 1 &&", "gpu_paged/plans_for_small"),
     Fault("the plan pays no heed to the budget", "train_step.h", "return plan_counted(dev, p) <= budget;",
           "return true;", "plan/plan_choice gpu_paged/plans_for_small"),
 ]

@@ -243,11 +243,12 @@ __device__ __forceinline__ void softmax_step(float (&s)[MT][NT][4], float (&top)
 }
 
 // The warp's rows, as bf16, in whole chunks: factor[i][r] * c. own: the warp's own rows of a tile that no other warp
-// reads, so a barrier of the warp is enough; none is needed before, since ldmatrix is one read by all lanes.
+// reads, so barriers of the warp are enough: before, for lanes that have not read them yet, and behind.
 template <int HS, int MT>
 __device__ __forceinline__ void store_rows(bf16* out, size_t stride, int row0, int real, bf16* own,
                                            const float (&c)[MT][HS / 8][4], const float (&factor)[MT][2]) {
     const int lane = int(threadIdx.x) % 32;
+    __syncwarp();
 #pragma unroll
     for (int i = 0; i < MT; i++) {
 #pragma unroll

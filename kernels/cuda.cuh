@@ -122,24 +122,27 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* 
 
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(uint32_t(__cvta_generic_to_shared(shared))),
-                 "l"(global));
+                 "l"(global)
+                 : "memory");
 }
 // real = false: writes zeros and reads nothing, so the address may be anywhere.
 __device__ __forceinline__ void cp_async_16_or_zero(void* shared, const void* global, bool real) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(uint32_t(__cvta_generic_to_shared(shared))),
-                 "l"(global), "r"(real ? 16 : 0));
+                 "l"(global), "r"(real ? 16 : 0)
+                 : "memory");
 }
 __device__ __forceinline__ void cp_async_8_or_zero(void* shared, const void* global, bool real) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(uint32_t(__cvta_generic_to_shared(shared))),
-                 "l"(global), "r"(real ? 8 : 0));
+                 "l"(global), "r"(real ? 8 : 0)
+                 : "memory");
 }
 __device__ __forceinline__ void cp_async_commit() {
-    asm volatile("cp.async.commit_group;");
+    asm volatile("cp.async.commit_group;" ::: "memory");
 }
 // Waits until at most N of this thread's groups are under way.
 template <int N>
 __device__ __forceinline__ void cp_async_wait() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(N));
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
 #endif  // __CUDACC__

@@ -13,6 +13,7 @@
 #include <array>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <map>
 #include <string>
 #include <thread>
@@ -84,10 +85,12 @@ inline void device_rates(GpuInfo& info, int number) {
     cudaDeviceGetAttribute(&memory_khz, cudaDevAttrMemoryClockRate, number);
     cudaDeviceGetAttribute(&bits, cudaDevAttrGlobalMemoryBusWidth, number);
     // bf16 products with fp32 sums, a clock and multiprocessor, from NVIDIA's architecture papers.
-    const int products = info.arch >= 120   ? 256
+    // GeForce cards of one generation do half of what its other cards do.
+    const int small = strstr(info.name, "GeForce") ? 256 : 512;
+    const int products = info.arch >= 120   ? small
                          : info.arch >= 100 ? 4096
                          : info.arch >= 90  ? 2048
-                         : info.arch > 80   ? 256
+                         : info.arch > 80   ? small
                                             : 1024;
     info.gflops = 0.8 * 2 * products * info.multiprocessors * double(clock_khz) * 1e-6;
     info.gbytes_per_s = 0.88 * 2 * double(memory_khz) * double(bits) / 8 * 1e-6;  // two transfers a clock
@@ -158,15 +161,15 @@ std::string device_open(Gpu<X>& dev, int threads) {
         }
         why = why.empty() ? refused : why;
     }
+    cudaGetLastError();  // of a card that was refused: else the next checked launch would report it
     if (!refused.empty()) {
-        cudaGetLastError();  // else the next checked launch would report it
         return why;
     }
     dev.state = new GpuState;
     GpuState& s = *dev.state;
-    CUDA_CHECK(cudaStreamCreateWithFlags(&dev.stream, cudaStreamNonBlocking));
-    int least = 0, greatest = 0;
+    int least = 0, greatest = 0;  // the least is also the default
     CUDA_CHECK(cudaDeviceGetStreamPriorityRange(&least, &greatest));
+    CUDA_CHECK(cudaStreamCreateWithPriority(&dev.stream, cudaStreamNonBlocking, greatest));
     CUDA_CHECK(cudaStreamCreateWithPriority(&s.aside, cudaStreamNonBlocking, least));
     for (GpuSlot& slot : s.slots) {
         CUDA_CHECK(cudaEventCreateWithFlags(&slot.ready, cudaEventDisableTiming));
@@ -327,12 +330,18 @@ void device_zero(Gpu<X>& dev, void* p, size_t bytes) {
 
 template <class X>
 void device_to(Gpu<X>& dev, void* device_p, const void* host_p, size_t bytes) {
+    if (bytes == 0) {
+        return;
+    }
     CUDA_CHECK(cudaMemcpyAsync(device_p, host_p, bytes, cudaMemcpyDefault, dev.stream));
     CUDA_CHECK(cudaStreamSynchronize(dev.stream));
 }
 
 template <class X>
 void device_from(Gpu<X>& dev, void* host_p, const void* device_p, size_t bytes) {
+    if (bytes == 0) {
+        return;
+    }
     CUDA_CHECK(cudaMemcpyAsync(host_p, device_p, bytes, cudaMemcpyDefault, dev.stream));
     CUDA_CHECK(cudaStreamSynchronize(dev.stream));
 }

@@ -33,8 +33,7 @@ std::string matmul_text(const Matmul<X, Out>& p) {
 }
 
 template <class X, class Out>
-MatmulPlan matmul_plan(GpuState& s, const Matmul<X, Out>& p, const uint32_t (&alignment)[4]) {
-    MatmulPlan plan;
+void matmul_plan(MatmulPlan& plan, GpuState& s, const Matmul<X, Out>& p, const uint32_t (&alignment)[4]) {
     const int32_t trans_a = p.b_trans ? CUBLAS_OP_T : CUBLAS_OP_N, trans_b = p.a_trans ? CUBLAS_OP_T : CUBLAS_OP_N;
     CUBLAS_CHECK(cublasLtMatmulDescInit(&plan.operation, CUBLAS_COMPUTE_32F, CUDA_R_32F));
     CUBLAS_CHECK(
@@ -75,7 +74,6 @@ MatmulPlan matmul_plan(GpuState& s, const Matmul<X, Out>& p, const uint32_t (&al
         exit(1);
     }
     plan.algorithm = result.algo;
-    return plan;
 }
 
 // ----------------------------------------------------------------------------
@@ -107,11 +105,12 @@ void matmul(Gpu<X>& dev, const Matmul<X, Out>& p) {
                            alignment[3]};
     auto found = s.plans.find(key);
     if (found == s.plans.end()) {
-        found = s.plans.emplace(key, matmul_plan(s, p, alignment)).first;
+        found = s.plans.emplace(key, MatmulPlan()).first;  // filled where it stays: its parts need not be copyable
+        matmul_plan(found->second, s, p, alignment);
     }
     MatmulPlan& plan = found->second;
-    CUBLAS_CHECK(cublasLtMatmul(s.lt, &plan.operation, &p.alpha, p.b, &plan.a, p.a, &plan.b, &beta, c, &plan.c, p.d,
-                                &plan.d, &plan.algorithm, s.lt_workspace, LT_WORKSPACE, dev.stream));
+    CUBLAS_CHECK(cublasLtMatmul(s.lt, &plan.operation, &p.alpha, p.b, &plan.a, p.a, &plan.b, &beta, c, c == p.d ? &plan.d : &plan.c,
+                                p.d, &plan.d, &plan.algorithm, s.lt_workspace, LT_WORKSPACE, dev.stream));
 }
 
 // ----------------------------------------------------------------------------

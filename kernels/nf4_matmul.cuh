@@ -519,7 +519,7 @@ inline Nf4Tile nf4_matmul_tile(const GpuInfo& info, size_t M, int features) {
     if (M <= 32) {
         return Nf4Tile::T64x32;
     }
-    const bool small = info.arch == 86 || info.arch == 89 || info.arch == 120;
+    const bool small = info.arch == 86 || info.arch == 89 || info.arch >= 120;
     const size_t processors = size_t(info.multiprocessors), down = ceil_div(M, 128);
     if (down * ceil_div(size_t(features), 128) < processors) {
         return Nf4Tile::T64x64;

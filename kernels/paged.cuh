@@ -39,7 +39,7 @@ void* device_alloc_host(Gpu<X>& dev, size_t bytes, const char* what) {
     if (cudaMallocHost(&p, bytes > 0 ? bytes : 1) != cudaSuccess) {
         fprintf(stderr, "error: not enough page-locked host memory for %s (need %.1f MiB)\n", what,
                 double(bytes) / (1 << 20));
-        fprintf(stderr, "hint: raise the limit of locked memory (ulimit -l), or leave out --paged-optimizer\n");
+        fprintf(stderr, "hint: free memory of the host, or use a smaller model or rank\n");
         exit(1);
     }
     memset(p, 0, bytes);

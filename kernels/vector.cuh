@@ -2,9 +2,9 @@
 // It owns no op.
 //
 // A row is cut into pieces of E elements: 16 bytes of X, so that E is 8 (bf16) or 4 (float); E = 1 where a width, a
-// stride or a pointer does not allow that. Arithmetic is on floats whatever X is. A product and a sum are fused exactly
-// where fmaf is written, so that nvcc and the stand-in round alike: elsewhere a sum has no product as its operand, or
-// an intrinsic (__fmul_rn) that the compiler leaves alone.
+// stride or a pointer does not allow that. Arithmetic is on floats whatever X is. A product and a sum are fused
+// where fmaf is written, and elsewhere a sum has no product as its operand, or an intrinsic (__fmul_rn) that the compiler
+// leaves alone, so that nvcc and the stand-in round alike. Behind expf nvcc fuses as it likes: an ulp, the same every run.
 #pragma once
 #include <type_traits>
 

@@ -67,8 +67,10 @@ inline void check_stream(const CUstream_st* s) {
 
 // Does a piece of work of some stream; there is one.
 inline void streams_step() {
-    static uint64_t steps = 0;
-    const uint64_t random = mix(schedule_seed() * 0x9e3779b97f4a7c15ull + ++steps);
+    static uint64_t steps = 0, seed = 0;
+    steps = seed == schedule_seed() ? steps + 1 : 1;  // a new seed gives its schedule whatever ran before
+    seed = schedule_seed();
+    const uint64_t random = mix(seed * 0x9e3779b97f4a7c15ull + steps);
     const std::vector<CUstream_st*>& all = streams();
     for (size_t i = 0; i < all.size(); i++) {
         std::deque<Work>& queue = all[(random + i) % all.size()]->queue;

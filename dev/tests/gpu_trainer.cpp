@@ -118,6 +118,28 @@ static void resume_and_recompute_same_bytes() {
     CHECK(file_text(root + "/full/adapter_model.safetensors") == want, "the resumed run gives another adapter");
 }
 
+// What a larger card chose does not fit into a smaller one: planned anew, and said. The stand-in's memory can be set.
+static void resume_on_a_smaller_card() {
+    GpuDevice<bf16> dev;
+    if (!dev.ok) {
+        return;
+    }
+    if (std::string(dev.info.name) != "stand-in") {
+        test_skip("a card's memory cannot be set");
+        return;
+    }
+    std::string out;
+    const std::string dir = test_directory() + "/run", run = program() + base() + " --device cuda -o " + dir;
+    const std::string options = " -i " + source_path("data.jsonl") + " -r 4 -b 64 -t 48 --val none --save-every 1 -n ";
+    CHECK(run_command(&out, "SIMT_MEMORY_MB=1000 " + run + options + "1") == 0, "%s", out.c_str());
+    CHECK(text_has(out, "passes of 1565 tokens"), "%s", out.c_str());
+    CHECK(run_command(&out, "rm " + dir + "/adapter_model.safetensors") == 0, "%s", out.c_str());
+    CHECK(run_command(&out, "SIMT_MEMORY_MB=840 " + program() + base() + " --device cuda --resume -n 2 -o " + dir) == 2,
+          "-n is part of the run: %s", out.c_str());
+    const int code = run_command(&out, "SIMT_MEMORY_MB=840 " + program() + " --device cuda --resume -o " + dir);
+    CHECK(code == 0 && text_has(out, "do not fit here"), "exit %d: %s", code, out.c_str());
+}
+
 // Without --threads, as people call it: random weights are made by as many threads as the host has.
 static void benchmark_line() {
     if (!has_gpu()) {
@@ -156,6 +178,7 @@ const Test gpu_trainer_tests[] = {
     {"losses_of_the_default_base", losses_of_the_default_base},
     {"fp32_is_the_cpu", fp32_is_the_cpu},
     {"resume_and_recompute_same_bytes", resume_and_recompute_same_bytes},
+    {"resume_on_a_smaller_card", resume_on_a_smaller_card},
     {"benchmark_line", benchmark_line},
     {"words", words},
     {nullptr, nullptr},

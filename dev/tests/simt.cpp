@@ -445,7 +445,7 @@ struct Planted {
 void check_planted(const Planted* list, size_t count) {
     for (size_t i = 0; i < count; i++) {
         const Planted& p = list[i];
-        for (int seed = 1; seed <= SEEDS; seed++) {
+        for (int seed = 101; seed <= 100 + SEEDS; seed++) {  // not the one of the process, so that schedules begin anew
             int status = 0;
             const std::string text = child(
                 [&] {
