@@ -535,7 +535,9 @@ def write_tables(path, rows):
                 "`test_llama` that fail with it and pass without it: the first three, of those that the script runs\n"
                 "for this fault. " + caught_of(plain))
         write_rows(f, plain)
-        f.write("\n## GPU kernels (through the stand-in)\n\n" + caught_of(gpu))
+        f.write("\n## GPU kernels (through the stand-in)\n\n"
+                "The kernels run on the CPU, by `dev/simt`. All of these faults were planted by the script on %s.\n"
+                % time.strftime("%d %B %Y") + caught_of(gpu))
         write_rows(f, gpu)
 
 
