@@ -169,7 +169,9 @@ Error with_gpu(Run& run, bool* used, const Fn& fn) {
         return {};
     }
     run.threads = dev.threads;
-    return fn(dev);
+    Error e = fn(dev);
+    device_close(dev);
+    return e;
 }
 #endif
 
@@ -199,5 +201,7 @@ Error with_device(Run& run, const Fn& fn) {
                      run.o.gemm != "auto" ? ("--gemm " + run.o.gemm).c_str() : "--paged-optimizer");
     }
     run.threads = dev.threads;
-    return fn(dev);
+    Error e = fn(dev);
+    device_close(dev);
+    return e;
 }

@@ -5,6 +5,7 @@
 //   epoch e's order = permutation(seed, e); a step = the next -b examples of it, split into passes of whole documents
 //   loss = sum of cross-entropy over the step's targets / their number;  clip;  AdamW on A and B
 #include <new>
+#include <utility>
 
 #include "kernels/cpu/parallel.h"
 #include "train_checkpoint.h"
@@ -640,7 +641,7 @@ Error train(Run& run, Dev& dev) {
     }
     base.host_embed = run.plan.host_embed;
     Llama<Dev> m;
-    m.dev = dev;
+    m.dev = std::exchange(dev, Dev());  // the model's from here on: llama_free closes it
     uint64_t keep_log;
     e = e ? e : device_take(m.dev, run.plan);
     e = e ? e : model_ready(run, m, base, longest, &keep_log);
@@ -692,10 +693,11 @@ Error benchmark(Run& run, Dev& dev) {
     console_fact(run.console, "%s", speed_text(dev, run, plan_tokens_per_s(dev, run, first)).c_str());
     base.host_embed = run.plan.host_embed;
     Llama<Dev> m;
-    m.dev = dev;
+    m.dev = std::exchange(dev, Dev());  // the model's from here on: llama_free closes it
     Error e = device_take(m.dev, run.plan);
     e = e ? e : base_open(run, m, base);
     if (e) {
+        llama_free(m);
         return e;
     }
     llama_adapter_create(m, run.lora, run.plan.paged);
