@@ -201,7 +201,7 @@ Error with_device(Run& run, const Fn& fn) {
                      run.o.gemm != "auto" ? ("--gemm " + run.o.gemm).c_str() : "--paged-optimizer");
     }
     run.threads = dev.threads;
-    Error e = fn(dev);
+    Error ended = fn(dev);
     device_close(dev);
-    return e;
+    return ended;
 }
