@@ -194,14 +194,14 @@ struct Activations {
     X* dswiglu;   // (N, F)
     X* dgate_up;  // (N, 2F | room)
     // of the batch
-    int32_t* tokens;      // (N)
-    int32_t* positions;   // (N)
-    int32_t* documents;   // cu_seqlens, and what else the device wants to know of them
-    uint32_t* example;    // (N)
-    int32_t* rows;        // (N)  rows that have a label
-    int32_t* labels;      // (N)  their labels
-    real* losses;         // (N)
-    uint8_t* correct;     // (N)
+    int32_t* tokens;     // (N)
+    int32_t* positions;  // (N)
+    int32_t* documents;  // cu_seqlens, and what else the device wants to know of them
+    uint32_t* example;   // (N)
+    int32_t* rows;       // (N)  rows that have a label
+    int32_t* labels;     // (N)  their labels
+    real* losses;        // (N)
+    uint8_t* correct;    // (N)
 };
 
 enum Group { QKV_GROUP, O_GROUP, GATE_UP_GROUP, DOWN_GROUP, GROUPS };
@@ -730,9 +730,8 @@ void layer_backward(Llama<Dev>& m, const Pass<Dev>& p, int l) {
     X* din = l > 0 ? a.dnorm : nullptr;  // nothing below the first layer is trained
     {
         OpTimer t(m.dev, m.op_seconds[OP_QKV]);
-        linear_backward(m.dev, din, a.dqkv, stride.dqkv,
-                        input_rmsnorm<X, real>(y.x, c.C, y.rstd1, m.w.layers[l].norm1), group[QKV_GROUP],
-                        y.xa[QKV_GROUP], p.N, &p.rope, p.dropout);
+        linear_backward(m.dev, din, a.dqkv, stride.dqkv, input_rmsnorm<X, real>(y.x, c.C, y.rstd1, m.w.layers[l].norm1),
+                        group[QKV_GROUP], y.xa[QKV_GROUP], p.N, &p.rope, p.dropout);
     }
     prefetch(m, p, l - 1, backward_first(m, l - 1));
     if (l > 0) {
@@ -751,8 +750,8 @@ void llama_backward(Llama<Dev>& m, const Pass<Dev>& p) {
         OpTimer t(m.dev, m.op_seconds[OP_NORM]);
         const size_t stride = row_strides<Dev>(c, m.adapter.lora).dresid;
         device_zero(m.dev, a.dresid, p.N * stride * sizeof(*a.dresid));
-        rmsnorm_backward(m.dev, a.dresid, stride, a.dnorm, layer_activations(m, c.L - 1).next, a.rstd, m.w.final_norm, p.N,
-                         c.C);
+        rmsnorm_backward(m.dev, a.dresid, stride, a.dnorm, layer_activations(m, c.L - 1).next, a.rstd, m.w.final_norm,
+                         p.N, c.C);
     }
     for (int l = c.L - 1; l >= 0; l--) {
         layer_backward(m, p, l);
@@ -777,7 +776,8 @@ double llama_gradient_norm(Llama<Dev>& m) {
 template <class Dev>
 bool llama_update(Llama<Dev>& m, const AdamW& rates) {
     OpTimer t(m.dev, m.op_seconds[OP_ADAMW]);
-    return m.adapter.size == adamw_update(m.dev, m.adapter.p, m.adapter.m, m.adapter.v, m.adapter.g, m.adapter.size, rates);
+    return m.adapter.size ==
+           adamw_update(m.dev, m.adapter.p, m.adapter.m, m.adapter.v, m.adapter.g, m.adapter.size, rates);
 }
 
 // The name of the adapter tensor whose gradient holds the first non-finite value; "" when all are finite.
@@ -808,19 +808,26 @@ inline size_t model_parameters(const LlamaConfig& c) {
     return linear_parameters(c) + size_t(c.V) * c.C * (c.tied ? 1 : 2) + size_t(c.C) * (2 * size_t(c.L) + 1);
 }
 
-// Floating-point operations of forward and backward of one pass (a multiply-add counts two): frozen linears forward and
-// input gradient, adapters forward and both gradients, the head on rows with labels, causal attention exactly (backward
-// 2.5 times forward: five products against two). Recomputation is not counted: it is the program's choice.
-inline double pass_flops(const LlamaConfig& c, const LoraConfig& lora, const Batch& b) {
-    double N = double(b.size()), pairs = 0;
+// Those of causal attention, exactly: forward two products over the pairs of a query and a key not after it, backward
+// five.
+inline double attention_flops(const LlamaConfig& c, const Batch& b) {
+    double pairs = 0;
     for (size_t d = 0; d + 1 < b.cu_seqlens.size(); d++) {
         double T = b.cu_seqlens[d + 1] - b.cu_seqlens[d];
         pairs += T * (T + 1) / 2;
     }
+    return 3.5 * 4 * pairs * double(c.NH) * c.HS * c.L;
+}
+
+// Floating-point operations of forward and backward of one pass (a multiply-add counts two): frozen linears forward and
+// input gradient, adapters forward and both gradients, the head on rows with labels, causal attention exactly (backward
+// 2.5 times forward: five products against two). Recomputation is not counted: it is the program's choice.
+inline double pass_flops(const LlamaConfig& c, const LoraConfig& lora, const Batch& b) {
+    const double N = double(b.size());
     double skipped = 0;  // input gradient of the first layer's q, k, v
     for (int m = Q_PROJ; m <= V_PROJ; m++) {
         skipped += 2 * N * double(module_rows(c, m)) * module_cols(c, m);
     }
     return 4 * N * double(linear_parameters(c)) - skipped + 6 * N * double(adapter_elements(c, lora)) +
-           4 * double(b.n_labels) * double(c.V) * c.C + 3.5 * 4 * pairs * double(c.NH) * c.HS * c.L;
+           4 * double(b.n_labels) * double(c.V) * c.C + attention_flops(c, b);
 }

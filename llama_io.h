@@ -24,8 +24,9 @@ struct BaseOptions {
 };
 
 inline Store dtype_store(const std::string& dtype) {  // as a tensor's or a config's dtype is spelled
-    return dtype == "F32" || dtype == "float32" ? Store::F32 : dtype == "F16" || dtype == "float16" ? Store::F16
-                                                                                                    : Store::BF16;
+    return dtype == "F32" || dtype == "float32"   ? Store::F32
+           : dtype == "F16" || dtype == "float16" ? Store::F16
+                                                  : Store::BF16;
 }
 
 inline size_t store_bytes(Store s) {  // of an element; not for NF4
@@ -48,8 +49,8 @@ Matrix base_matrix(const Dev& dev, const LlamaConfig& c, const BaseOptions& opti
     return w;
 }
 
-// A bitsandbytes checkpoint decides tensor by tensor what is quantised, and whether its absmax is too: which linears are
-// not, by their headers alone. Nothing for other checkpoints.
+// A bitsandbytes checkpoint decides tensor by tensor what is quantised, and whether its absmax is too: which linears
+// are not, by their headers alone. Nothing for other checkpoints.
 inline Error bnb_layout_read(LlamaConfig& c, const std::string& model_dir) {
     if (!c.bnb_nf4) {
         return {};
@@ -91,9 +92,8 @@ struct BaseBytes {
             return;
         }
         bytes += placed_bytes((w.elements() + 1) / 2);
-        bytes += nested ? placed_bytes(w.blocks()) + placed_bytes((w.blocks() + 255) / 256 * 4) +
-                                            placed_bytes(256 * 4)
-                                      : placed_bytes(w.blocks() * 4);
+        bytes += nested ? placed_bytes(w.blocks()) + placed_bytes((w.blocks() + 255) / 256 * 4) + placed_bytes(256 * 4)
+                        : placed_bytes(w.blocks() * 4);
         load_workspace = std::max(load_workspace, nf4_load_workspace(dev, w.elements(), LOAD_CHUNK));
     }
     void vector(const std::string&, typename Dev::real*&, int n) {
@@ -101,22 +101,13 @@ struct BaseBytes {
     }
 };
 
+// Bytes of the base as held, and of workspace that reading it needs.
 template <class Dev>
 BaseBytes<Dev> base_measure(const Dev& dev, const LlamaConfig& c, const BaseOptions& options) {
     BaseBytes<Dev> b{dev, c, options};
     Weights<typename Dev::real> none;
     each_weight(none, c, b);
     return b;
-}
-
-// Bytes of the base as held; of workspace that reading it needs.
-template <class Dev>
-size_t base_bytes(const Dev& dev, const LlamaConfig& c, const BaseOptions& options) {
-    return base_measure(dev, c, options).bytes;
-}
-template <class Dev>
-size_t load_workspace(const Dev& dev, const LlamaConfig& c, const BaseOptions& options) {
-    return base_measure(dev, c, options).load_workspace;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -308,7 +299,7 @@ struct LoadWeights {
                 std::transform(x, x + count, rounded.begin(), to_bf16);
             }
             device_to(m.dev, p + first * width,
-                      w.store == stored      ? raw
+                      w.store == stored       ? raw
                       : w.store == Store::F32 ? static_cast<const void*>(x)
                                               : rounded.data(),
                       count * width);
@@ -438,7 +429,7 @@ template <class Dev>
 Error llama_load(Llama<Dev>& m, std::string* hash, std::vector<std::string>& warnings, const std::string& model_dir,
                  const BaseOptions& options) {
     BaseReader r;
-    device_reserve(m.dev, load_workspace(m.dev, m.c, options));
+    device_reserve(m.dev, base_measure(m.dev, m.c, options).load_workspace);
     if (m.c.bnb_nf4 && !options.nf4) {
         return bad_input("%s: the checkpoint is already quantised to NF4, --quant none is not possible",
                          model_dir.c_str())
@@ -549,7 +540,7 @@ struct RandomWeights {
 
 template <class Dev>
 void llama_random(Llama<Dev>& m, const BaseOptions& options) {
-    device_reserve(m.dev, load_workspace(m.dev, m.c, options));
+    device_reserve(m.dev, base_measure(m.dev, m.c, options).load_workspace);
     RandomWeights<Dev> random{m, options, 0, {}};
     each_weight(m.w, m.c, random);
     if (m.c.tied) {

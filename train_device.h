@@ -1,5 +1,5 @@
-// What a run has to know of the device it is on, the same questions for each: its name, its memory, its speed, the time a
-// step should take; and the choice between the devices that this program has.
+// What a run has to know of the device it is on, the same questions for each: its name, its memory, its speed, the time
+// a step should take; and the choice between the devices that this program has.
 #pragma once
 #include "kernels/cpu/peak.h"
 #include "train_run.h"
@@ -95,20 +95,20 @@ inline void plan_wishes(Run& run) {
 // the speed to expect
 
 // Of a step on a CPU: its arithmetic at the peak.
-inline double plan_seconds(const Cpu<float>&, const Run& run, double flops, double, double) {
-    return flops / 1e9 / run.peak_gflops;
+inline double plan_seconds(const Cpu<float>&, const Run& run, const Batch& b) {
+    return pass_flops(run.c, run.lora, b) / 1e9 / run.peak_gflops;
 }
 
-// Of N tokens on a card: matrix products and what is made again at the products' rate, weights restored, attention at the
-// third of that rate that it reaches, and the bytes that the ops between them read and write, at the memory's rate. pairs:
-// (query, key) pairs below the diagonals.
+// Of a pass on a card: matrix products and what is made again at the products' rate, weights restored, attention at the
+// third of that rate that it reaches, and the bytes that the ops between them read and write, at the memory's rate.
 template <class X>
-double plan_seconds(const Gpu<X>& dev, const Run& run, double flops, double N, double pairs) {
+double plan_seconds(const Gpu<X>& dev, const Run& run, const Batch& b) {
     const LlamaConfig& c = run.c;
-    const double attention = 3.5 * 4 * pairs * c.NH * c.HS * c.L, rate = dev.info.gflops * 1e9;
+    const double N = double(b.size()), flops = pass_flops(c, run.lora, b), attention = attention_flops(c, b);
+    const double rate = dev.info.gflops * 1e9;
     const double again = (plan_cost(run.plan, c, plan_restore_tokens(dev)) - 2) * 2 * N * double(linear_parameters(c));
-    // Elements a token and layer: norms 9 C forward and back, gradients of norms 4 C each, RoPE both ways, delta, SwiGLU
-    // 3 F forward, 8 F back, and the adapters' passes over inputs and output gradients.
+    // Elements a token and layer: norms 9 C forward and back, gradients of norms 4 C each, RoPE both ways, delta,
+    // SwiGLU 3 F forward, 8 F back, and the adapters' passes over inputs and output gradients.
     const double heads = double(c.NH + c.NKV) * c.HS, out = double(c.NH + 2 * c.NKV) * c.HS;
     const double elements = 17.0 * c.C + 4 * heads + 2.0 * c.NH * c.HS + 11.0 * c.F + 2 * (4.0 * c.C + out + 3.0 * c.F);
     return (flops - attention + again) / rate + attention / (rate / 3) +
@@ -118,12 +118,7 @@ double plan_seconds(const Gpu<X>& dev, const Run& run, double flops, double N, d
 // tok/s of the given batch under the plan; on the CPU that is an upper bound.
 template <class Dev>
 double plan_tokens_per_s(const Dev& dev, const Run& run, const Batch& b) {
-    double pairs = 0;
-    for (size_t d = 0; d + 1 < b.cu_seqlens.size(); d++) {
-        const double T = b.cu_seqlens[d + 1] - b.cu_seqlens[d];
-        pairs += T * (T + 1) / 2;
-    }
-    return double(b.size()) / plan_seconds(dev, run, pass_flops(run.c, run.lora, b), double(b.size()), pairs);
+    return double(b.size()) / plan_seconds(dev, run, b);
 }
 
 inline std::string speed_text(const Cpu<float>&, const Run& run, double tokens_per_s) {

@@ -16,9 +16,9 @@ struct Plan {
     RecomputePlan recompute;
     GemmPath gemm = GemmPath::AUTO;          // a GPU's
     bool host_embed = false, paged = false;  // embedding, optimizer moments in the host's memory beside a GPU
-    std::string base_text;  // NF4 with double quantisation, bf16, ...
+    std::string base_text;                   // NF4 with double quantisation, bf16, ...
     size_t weights = 0, adapter = 0, optimizer = 0, activations = 0, slots = 0, workspace = 0;  // bytes
-    size_t library = 0;  // of cuBLASLt
+    size_t library = 0;                                                                         // of cuBLASLt
 
     size_t total() const { return weights + adapter + optimizer + activations + slots + workspace + library; }
 };
@@ -121,7 +121,8 @@ void plan_fill(Plan& p, Dev& dev, const LlamaConfig& c, const LoraConfig& lora, 
     p.base_text = base.nf4 || c.bnb_nf4 ? base.double_quant ? "NF4, double quantisation" : "NF4"
                   : c.dtype.empty()     ? "16 bit"
                                         : c.dtype;
-    p.weights = base_bytes(dev, c, base);
+    const BaseBytes<Dev> measured = base_measure(dev, c, base);
+    p.weights = measured.bytes;
     p.adapter = 2 * placed_bytes(adapter_elements(c, lora) * sizeof(typename Dev::real));
     p.optimizer = p.paged && moments_slab_bytes(dev) > 0 ? moments_slab_bytes(dev) : p.adapter;
     p.activations = activation_bytes<Dev>(c, lora, p.pass_tokens, p.recompute, true) +
@@ -130,7 +131,7 @@ void plan_fill(Plan& p, Dev& dev, const LlamaConfig& c, const LoraConfig& lora, 
     device_gemm(m.dev, p.gemm);
     p.library = plan_library(dev);
     p.slots = placed_bytes(llama_slot_bytes(m, p.pass_tokens));
-    p.workspace = placed_bytes(std::max(llama_workspace_bytes(m, p.pass_tokens, longest), load_workspace(dev, c, base)));
+    p.workspace = placed_bytes(std::max(llama_workspace_bytes(m, p.pass_tokens, longest), measured.load_workspace));
 }
 
 // What decides about the fit: on the CPU without the workspace, which grows with the threads.
@@ -173,9 +174,9 @@ size_t plan_budget(const Gpu<X>& dev, uint64_t memory) {
     return memory > plan_reserved(dev) ? size_t((memory - plan_reserved(dev)) / 100 * 97) : 0;
 }
 
-// Restoring the weights of a matrix costs about as much as multiplying this many tokens by it. GPU: 1.258 bytes a weight
-// times an H200's ratio of tensor-core rate to memory rate. CPU: about one weight a cycle against 32 multiply-adds. And
-// the longest pass that is worth having.
+// Restoring the weights of a matrix costs about as much as multiplying this many tokens by it. GPU: 1.258 bytes a
+// weight times an H200's ratio of tensor-core rate to memory rate. CPU: about one weight a cycle against 32
+// multiply-adds. And the longest pass that is worth having.
 template <class X>
 double plan_restore_tokens(const Cpu<X>&) {
     return 30;
@@ -193,8 +194,8 @@ size_t plan_longest_pass(const Gpu<X>&) {
     return 8192;
 }
 
-// The time of a token in units of its forward matrix products: forward and input gradient; what is made again, as a share
-// of the forward products of the model at hand; the weights restored in each.
+// The time of a token in units of its forward matrix products: forward and input gradient; what is made again, as a
+// share of the forward products of the model at hand; the weights restored in each.
 inline double plan_cost(const Plan& p, const LlamaConfig& c, double restore_tokens) {
     double share[MODULES], all = 0;
     for (int m = 0; m < MODULES; m++) {
@@ -243,8 +244,8 @@ bool plan_fit(Plan& p, Dev& dev, const LlamaConfig& c, const LoraConfig& lora, c
     return fits();
 }
 
-// What a card that is too small may do without, one thing more at each rung: 16-bit copies of weights (then the fused matmuls
-// serve at any size), the embedding, the optimizer's moments.
+// What a card that is too small may do without, one thing more at each rung: 16-bit copies of weights (then the fused
+// matmuls serve at any size), the embedding, the optimizer's moments.
 template <class X>
 int plan_rungs(const Cpu<X>&) {
     return 1;
@@ -254,9 +255,9 @@ int plan_rungs(const Gpu<X>&) {
     return 4;
 }
 
-// Pass size and what each layer keeps, by the least cost of a token among the passes that fit, on the first rung where one
-// does. What the user gave (pass_tokens > 0, recompute not auto; p.gemm, p.paged) stands. most: tokens of the largest step:
-// longer passes would stay empty.
+// Pass size and what each layer keeps, by the least cost of a token among the passes that fit, on the first rung where
+// one does. What the user gave (pass_tokens > 0, recompute not auto; p.gemm, p.paged) stands. most: tokens of the
+// largest step: longer passes would stay empty.
 template <class Dev>
 Error plan_choose(Plan& p, Dev& dev, const LlamaConfig& c, const LoraConfig& lora, const BaseOptions& base,
                   size_t longest, size_t most, int pass_tokens, const std::string& recompute, uint64_t memory) {

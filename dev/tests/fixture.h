@@ -1,5 +1,6 @@
 // The reference models of dev/ref as Llama objects, and their dumps: what the tests of the whole model start from.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <string>
@@ -67,10 +68,23 @@ inline void batch_from_dump(Batch& b, const Dump& d) {
     }
 }
 
+// Document d of a batch as a batch of its own.
+inline Batch one_document(const Batch& b, size_t d) {
+    Batch one;
+    const int first = b.cu_seqlens[d], last = b.cu_seqlens[d + 1];
+    one.tokens.assign(b.tokens.begin() + first, b.tokens.begin() + last);
+    one.labels.assign(b.labels.begin() + first, b.labels.begin() + last);
+    one.positions.assign(b.positions.begin() + first, b.positions.begin() + last);
+    one.example.assign(b.example.begin() + first, b.example.begin() + last);
+    one.cu_seqlens = {0, last - first};
+    one.n_labels = size_t(std::count_if(one.labels.begin(), one.labels.end(), [](int32_t x) { return x >= 0; }));
+    return one;
+}
+
 struct FixtureOptions {
     int threads = 2;
     BaseOptions base = {false, true};  // as stored
-    const char* recompute = "none";  // as recompute_text has it
+    const char* recompute = "none";    // as recompute_text has it
     float dropout = 0;
 };
 
@@ -94,7 +108,8 @@ void fixture_open(Fixture<Dev>& f, const std::string& name, const FixtureOptions
     llama_adapter_create(f.m, lora);
     e = adapter_load(f.m, dir + "/adapter");
     RecomputePlan recompute;
-    f.ok = CHECK(!e, "%s", e.what.c_str()) && CHECK(recompute_parse(recompute, o.recompute, f.m.c.L), "%s", o.recompute);
+    f.ok =
+        CHECK(!e, "%s", e.what.c_str()) && CHECK(recompute_parse(recompute, o.recompute, f.m.c.L), "%s", o.recompute);
     llama_activations_create(f.m, f.batch.size() + 32, f.batch.size(), recompute, true);
 }
 

@@ -24,12 +24,12 @@ static std::vector<double> fetch_columns(Gpu<X>& dev, const X* p, size_t N, size
     return out;
 }
 
-// The dump holds PyTorch's fp32 run. err.NAME is that run's own error against fp64, err16.NAME the error of PyTorch's bf16
-// run, both the greatest one relative to the tensor's rms; rms16.NAME is the root mean square of the latter. Ours may err
-// twice as much as PyTorch in the same precision, so fp32: |ours - theirs| <= (2 + 1) err; bf16: <= 2 err16 + err. The
-// floors are 16 units of fp32 rounding, and one of bf16: for single numbers and short tensors PyTorch's error may be zero
-// by luck. `trained`: after steps of Adam, which makes a whole step of a gradient near zero whichever sign rounding gave
-// it, single elements go by luck too; then the root mean square counts.
+// The dump holds PyTorch's fp32 run. err.NAME is that run's own error against fp64, err16.NAME the error of PyTorch's
+// bf16 run, both the greatest one relative to the tensor's rms; rms16.NAME is the root mean square of the latter. Ours
+// may err twice as much as PyTorch in the same precision, so fp32: |ours - theirs| <= (2 + 1) err; bf16: <= 2 err16 +
+// err. The floors are 16 units of fp32 rounding, and one of bf16: for single numbers and short tensors PyTorch's error
+// may be zero by luck. `trained`: after steps of Adam, which makes a whole step of a gradient near zero whichever sign
+// rounding gave it, single elements go by luck too; then the root mean square counts.
 template <class X>
 static void compare(const Dump& d, const std::string& name, const std::vector<double>& ours, bool trained = false) {
     const std::vector<double> theirs = d.numbers(name);
@@ -195,14 +195,7 @@ static void documents_apart() {
     const std::vector<double> together = fetch(f.m.dev, f.m.acts.losses, b.n_labels);
     std::vector<double> apart;
     for (size_t d = 0; d + 1 < b.cu_seqlens.size(); d++) {
-        Batch one;
-        const int first = b.cu_seqlens[d], last = b.cu_seqlens[d + 1];
-        one.tokens.assign(b.tokens.begin() + first, b.tokens.begin() + last);
-        one.labels.assign(b.labels.begin() + first, b.labels.begin() + last);
-        one.positions.assign(b.positions.begin() + first, b.positions.begin() + last);
-        one.example.assign(b.example.begin() + first, b.example.begin() + last);
-        one.cu_seqlens = {0, last - first};
-        one.n_labels = size_t(std::count_if(one.labels.begin(), one.labels.end(), [](int32_t t) { return t >= 0; }));
+        const Batch one = one_document(b, d);
         llama_loss(f.m, llama_forward(f.m, one, 1, 0), false, 1);
         const std::vector<double> its = fetch(f.m.dev, f.m.acts.losses, one.n_labels);
         apart.insert(apart.end(), its.begin(), its.end());
@@ -222,7 +215,8 @@ static std::string mixed_checkpoint() {
     const std::string from = source_path("dev/ref/bnb_nf4"), dir = test_directory() + "/mixed";
     const std::string plain = "model.layers.1.mlp.gate_proj.weight";
     std::string out;
-    CHECK(run_command(&out, "cp -r " + from + " " + dir + " && rm " + dir + "/model.safetensors") == 0, "%s", out.c_str());
+    CHECK(run_command(&out, "cp -r " + from + " " + dir + " && rm " + dir + "/model.safetensors") == 0, "%s",
+          out.c_str());
     LlamaConfig c;
     Safetensors st;
     Error e = llama_config_read(c, dir);
@@ -247,8 +241,8 @@ static std::string mixed_checkpoint() {
     return dir;
 }
 
-// All that is allocated is planned, byte for byte, and an arena of that size is enough: every kind of base, adapters that
-// leave groups without any, each way of multiplying.
+// All that is allocated is planned, byte for byte, and an arena of that size is enough: every kind of base, adapters
+// that leave groups without any, each way of multiplying.
 static void plan_is_what_is_taken() {
     if (!GpuDevice<bf16>().ok) {
         return;

@@ -1,5 +1,5 @@
-// The program on a GPU (or its stand-in), as people run it: a few steps on the default base against the losses that PyTorch
-// gives in fp32, resume, and what it says.
+// The program on a GPU (or its stand-in), as people run it: a few steps on the default base against the losses that
+// PyTorch gives in fp32, resume, and what it says.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -19,16 +19,10 @@ static bool has_gpu() {
 
 static std::vector<double> losses_of(const std::string& dir) {
     std::vector<double> losses;
-    const std::string text = file_text(dir + "/log.jsonl");
-    for (size_t at = 0; at < text.size();) {
-        const size_t end = text.find('\n', at);
-        Json j;
-        Error e = json_parse(j, text.data() + at, end - at, "log.jsonl");
-        CHECK(!e, "%s", e.what.c_str());
-        if (j.find("event") != nullptr && j.find("event")->string == "step") {
-            losses.push_back(j.find("loss")->number());
+    for (const Json& r : log_records(dir)) {
+        if (r.find("event")->string == "step") {
+            losses.push_back(r.find("loss")->number());
         }
-        at = end == std::string::npos ? text.size() : end + 1;
     }
     return losses;
 }
@@ -42,9 +36,9 @@ static std::vector<double> numbers_of(const Json& j, const char* key) {
     return out;
 }
 
-// dev/ref/tiny_bf16.json: losses of PyTorch + PEFT over 20 steps in fp32, and how far its own bf16 runs lie from theirs. Ours
-// in bf16 may lie twice as far. Which step a run happens to be near at is luck, so the greatest distance up to a step counts.
-// The first 8 steps: the stand-in is slow.
+// dev/ref/tiny_bf16.json: losses of PyTorch + PEFT over 20 steps in fp32, and how far its own bf16 runs lie from
+// theirs. Ours in bf16 may lie twice as far. Which step a run happens to be near at is luck, so the greatest distance
+// up to a step counts. The first 8 steps: the stand-in is slow.
 static void losses_of_the_default_base() {
     if (!has_gpu()) {
         return;
@@ -85,14 +79,16 @@ static void fp32_is_the_cpu() {
     if (!has_gpu()) {
         return;
     }
-    const std::string root = test_directory(), options = "-i " + small_data(12) + " -r 4 -b 4 -t 48 -n 4 --val none -o ";
+    const std::string root = test_directory(),
+                      options = "-i " + small_data(12) + " -r 4 -b 4 -t 48 -n 4 --val none -o ";
     std::string out;
     CHECK(train_gpu(&out, options + root + "/gpu --math fp32") == 0, "%s", out.c_str());
     CHECK(run_command(&out, program() + base() + " --device cpu " + options + root + "/cpu") == 0, "%s", out.c_str());
     const std::vector<double> gpu = losses_of(root + "/gpu"), cpu = losses_of(root + "/cpu");
     CHECK(gpu.size() == 4 && cpu.size() == 4, "%zu and %zu losses", gpu.size(), cpu.size());
     for (size_t s = 0; s < std::min(gpu.size(), cpu.size()); s++) {
-        // Sums of up to 512 products: about sqrt(512) roundings of 6e-8 in a row of some 30 ops, and four steps of Adam.
+        // Sums of up to 512 products: about sqrt(512) roundings of 6e-8 in a row of some 30 ops, and four steps of
+        // Adam.
         CHECK_ERROR("step " + std::to_string(s + 1), std::fabs(gpu[s] - cpu[s]) / cpu[s], 2e-5);
     }
 }
@@ -111,7 +107,8 @@ static void resume_and_recompute_same_bytes() {
     CHECK(text_has(out, "recompute full"), "%s", out.c_str());
     const std::string want = file_text(root + "/straight/adapter_model.safetensors");
     CHECK(file_text(root + "/full/adapter_model.safetensors") == want, "recompute full gives another adapter");
-    CHECK(run_command(&out, "rm -r " + root + "/full/checkpoints/step_4 " + root + "/full/adapter_model.safetensors") == 0,
+    CHECK(run_command(&out, "rm -r " + root + "/full/checkpoints/step_4 " + root + "/full/adapter_model.safetensors") ==
+              0,
           "%s", out.c_str());
     CHECK(train_gpu(&out, "--resume -o " + root + "/full") == 0, "%s", out.c_str());
     CHECK(text_has(out, "going on after step 2"), "%s", out.c_str());

@@ -294,19 +294,6 @@ static void evaluation_disturbs_nothing() {
     fixture_close(f);
 }
 
-// Document d of a batch as a batch of its own.
-static Batch one_document(const Batch& b, size_t d) {
-    Batch one;
-    const int first = b.cu_seqlens[d], last = b.cu_seqlens[d + 1];
-    one.tokens.assign(b.tokens.begin() + first, b.tokens.begin() + last);
-    one.labels.assign(b.labels.begin() + first, b.labels.begin() + last);
-    one.positions.assign(b.positions.begin() + first, b.positions.begin() + last);
-    one.example.assign(b.example.begin() + first, b.example.begin() + last);
-    one.cu_seqlens = {0, last - first};
-    one.n_labels = size_t(std::count_if(one.labels.begin(), one.labels.end(), [](int32_t x) { return x >= 0; }));
-    return one;
-}
-
 // A gradient is a sum over N rows; summed in another order it may move by N roundings of its terms, here 60 * 2^-24.
 static void compare_gradients(const std::vector<float>& a, const std::vector<float>& b, const char* what) {
     std::vector<double> x(a.begin(), a.end());

@@ -43,8 +43,8 @@ static void bytes_of_policies() {
     const auto bytes = [&](const RecomputePlan& p) {
         return double(activation_bytes<Gpu<bf16>>(c, LoraConfig(), N, p, true)) / double(N);
     };
-    const double full = bytes(mixed(0, 0, 0, 32)), attn = 2.0 * 4096 + 2 * (4096 + 16) + 4 * 32 + 4,
-                 qkv = 2.0 * 6144, gate_up = 4.0 * 14336;
+    const double full = bytes(mixed(0, 0, 0, 32)), attn = 2.0 * 4096 + 2 * (4096 + 16) + 4 * 32 + 4, qkv = 2.0 * 6144,
+                 gate_up = 4.0 * 14336;
     // One layer that keeps stands beside the one copy that the others share.
     CHECK_ERROR("attn", std::fabs(bytes(mixed(0, 0, 7, 25)) - full - 7 * attn), 1);
     CHECK_ERROR("ffn", std::fabs(bytes(mixed(0, 7, 0, 25)) - full - 7 * (attn + qkv)), 1);
@@ -54,7 +54,8 @@ static void bytes_of_policies() {
     const double products = 2.0 * 16 * (3 + 1 + 2 + 1);
     LlamaConfig longer = c;
     longer.L = 33;
-    const double layer = double(activation_bytes<Gpu<bf16>>(longer, LoraConfig(), N, mixed(0, 0, 0, 33), true)) / double(N);
+    const double layer =
+        double(activation_bytes<Gpu<bf16>>(longer, LoraConfig(), N, mixed(0, 0, 0, 33), true)) / double(N);
     CHECK_ERROR("full", std::fabs(layer - full - (2.0 * 4096 + 4 + products)), 1);
 }
 
@@ -143,14 +144,15 @@ static void plan_is_what_is_taken() {
               adapter);
         CHECK(p.activations == m.placed - weights - adapter, "%s: activations %zu planned, %zu taken", name,
               p.activations, m.placed - weights - adapter);
-        CHECK(p.workspace == placed_bytes(m.dev.workspace_bytes), "%s: workspace %zu planned, %zu taken", name, p.workspace,
-              m.dev.workspace_bytes);
+        CHECK(p.workspace == placed_bytes(m.dev.workspace_bytes), "%s: workspace %zu planned, %zu taken", name,
+              p.workspace, m.dev.workspace_bytes);
         llama_free(m);
     }
 }
 
-// The time that a plan expects of 8B at rank 16 on an H200, documents of 2,048 packed into passes of 8,192, against a sum made
-// kernel by kernel at the same rates (790 TFLOP/s, 4.3 TB/s): 436 ms with nothing made again, 571 ms with everything.
+// The time that a plan expects of 8B at rank 16 on an H200, documents of 2,048 packed into passes of 8,192, against a
+// sum made kernel by kernel at the same rates (790 TFLOP/s, 4.3 TB/s): 436 ms with nothing made again, 571 ms with
+// everything.
 static void speed_expected() {
     Run run;
     run.c = shape("8b");

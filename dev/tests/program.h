@@ -3,9 +3,11 @@
 #pragma once
 #include <cstdlib>
 #include <string>
+#include <vector>
 
 #include "dev/tests/test.h"
 #include "io/file.h"
+#include "io/json.h"
 
 inline std::string program() {
     const char* path = getenv("TRAIN_LLAMA_PROGRAM");
@@ -17,8 +19,8 @@ inline std::string base() {
     return " -m " + source_path("dev/tiny_llama");
 }
 
-// Runs train_llama with these arguments, stdout and stderr in *output. No GPU is visible to it unless the environment says
-// so: what these tests expect is the CPU's.
+// Runs train_llama with these arguments, stdout and stderr in *output. No GPU is visible to it unless the environment
+// says so: what these tests expect is the CPU's.
 inline int train(std::string* output, const std::string& arguments, const std::string& environment = "") {
     return run_command(output, "CUDA_VISIBLE_DEVICES= " + environment + " " + program() + " " + arguments);
 }
@@ -28,6 +30,21 @@ inline std::string file_text(const std::string& path) {
     Error e = file_read_all(text, path);
     CHECK(!e, "%s", e.what.c_str());
     return text;
+}
+
+// The records of a run's log.jsonl.
+inline std::vector<Json> log_records(const std::string& dir) {
+    std::vector<Json> records;
+    std::string text = file_text(dir + "/log.jsonl");
+    for (size_t at = 0; at < text.size();) {
+        size_t end = text.find('\n', at);
+        Json j;
+        Error e = json_parse(j, text.data() + at, end - at, "log.jsonl");
+        CHECK(!e && end != std::string::npos, "log.jsonl: %s", e.what.c_str());
+        records.push_back(j);
+        at = end == std::string::npos ? text.size() : end + 1;
+    }
+    return records;
 }
 
 inline void write_text(const std::string& path, const std::string& text) {

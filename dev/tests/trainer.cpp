@@ -13,20 +13,6 @@
 #include "io/safetensors.h"
 #include "kernels/bf16.h"
 
-static std::vector<Json> log_records(const std::string& dir) {
-    std::vector<Json> records;
-    std::string text = file_text(dir + "/log.jsonl");
-    for (size_t at = 0; at < text.size();) {
-        size_t end = text.find('\n', at);
-        Json j;
-        Error e = json_parse(j, text.data() + at, end - at, "log.jsonl");
-        CHECK(!e && end != std::string::npos, "log.jsonl: %s", e.what.c_str());
-        records.push_back(j);
-        at = end == std::string::npos ? text.size() : end + 1;
-    }
-    return records;
-}
-
 // The log without what depends on time and on where the run's files lie.
 static std::string log_timeless(const std::string& dir) {
     std::string text;
