@@ -6,6 +6,8 @@
 #   CXX= CPPFLAGS= CXXFLAGS= LDFLAGS=      the compiler and flags of your own; they come last on the command line
 #   NVCC=      (empty)                     no GPU objects, though a toolkit is there
 #   OPENMP=    (empty)                     one thread, though the compiler has OpenMP
+#   MPICXX=mpicxx.mpich | (empty)          the MPI whose compiler wrapper this is | no MPI, one process
+#   NCCL=      (empty)                     no NCCL: GPUs train alone
 #   CUDA_ARCH=all | "80 90a"               GPU architectures; default: the visible GPU's own, else sm_80 and sm_90a
 #   BUILD=DIR                              another place for objects
 #   V=1                                    show the commands
@@ -31,6 +33,14 @@ CXX := $(if $(filter thread,$(config)),clang++,g++)
 endif
 NVCC ?= $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard /usr/local/cuda/bin/nvcc))
 OPENMP ?= 1
+# The thread sanitizer knows nothing of what MPI orders.
+ifeq ($(config),thread)
+MPICXX :=
+else
+MPICXX ?= $(or $(firstword $(shell command -v mpicxx 2>/dev/null) \
+               $(wildcard /usr/lib64/openmpi/bin/mpicxx /usr/lib64/mpich/bin/mpicxx)),mpicxx)
+endif
+NCCL ?= 1
 
 # ---- `make deps ...`: install first, then a second make sees what is there
 
@@ -60,7 +70,11 @@ goals := $(or $(MAKECMDGOALS),help)
 ifneq (,$(filter-out help lines clean test-peers,$(goals)))
 include $(BUILD)/probe.mk
 # The probes answer for these very settings; any other and they are made again, and with them every object.
+# (An MPI or NCCL that is installed later is another setting.)
+mpi_wrapper := $(if $(MPICXX),$(shell command -v $(MPICXX) 2>/dev/null))
+nccl_header := $(wildcard /usr/include/nccl.h $(patsubst %/bin/nvcc,%/include/nccl.h,$(NVCC)))
 probe_settings := $(CXX)|$(CPPFLAGS)|$(CXXFLAGS)|$(LDFLAGS)|$(NVCC)|$(NVCCFLAGS)|$(OPENMP)|$(CUDA_ARCH)|$(config)
+probe_settings := $(probe_settings)|$(MPICXX) $(mpi_wrapper)|$(NCCL) $(nccl_header)
 ifneq ($(probe_settings),$(PROBED))
 $(BUILD)/probe.mk: FORCE
 endif
@@ -74,13 +88,16 @@ $(BUILD)/probe.mk: export NVCC := $(NVCC)
 $(BUILD)/probe.mk: export NVCCFLAGS := $(NVCCFLAGS)
 $(BUILD)/probe.mk: export OPENMP := $(OPENMP)
 $(BUILD)/probe.mk: export CUDA_ARCH := $(CUDA_ARCH)
+$(BUILD)/probe.mk: export MPICXX := $(MPICXX)
+$(BUILD)/probe.mk: export NCCL := $(NCCL)
 $(BUILD)/probe.mk: export config := $(config)
+$(BUILD)/probe.mk: export SETTINGS := $(probe_settings)
 $(BUILD)/probe.mk: export CONFIG_FLAGS := $(flags_$(config))
 $(BUILD)/probe.mk: scripts/probe.sh
 	@scripts/probe.sh $@
 
-# HAVE_OPENMP, BASE_ARCH, HAVE_CUDA, GPU_CODE and CUDA_LIBRARIES come from the probes. The floating-point flag holds for
-# every file.
+# HAVE_OPENMP, BASE_ARCH, HAVE_MPI, MPI_CFLAGS, MPI_LIBRARIES, MPIRUN, HAVE_CUDA, GPU_CODE, HAVE_NCCL and CUDA_LIBRARIES
+# come from the probes. The floating-point flag holds for every file.
 common := -std=c++17 $(flags_$(config)) -Wall -Wextra -ffp-contract=off $(BASE_ARCH) \
           $(if $(HAVE_OPENMP),-fopenmp,-Wno-unknown-pragmas)
 cxx_flags := $(common) -I.
@@ -93,7 +110,7 @@ COMPILE = $(CXX) $(cxx_flags) $(tier) $(defines) $(CPPFLAGS) $(CXXFLAGS)
 # Kernels on the stand-in are slow enough without -O0 or -O1. `unroll` is for nvcc: g++ does not know it, and clang says
 # where it does not follow it.
 COMPILE_SIMT = $(CXX) -x c++ $(cxx_flags) -O2 -Wno-unknown-pragmas $(if $(findstring clang,$(CXX)),-Wno-pass-failed) \
-               $(CPPFLAGS) $(CXXFLAGS)
+               $(defines) $(CPPFLAGS) $(CXXFLAGS)
 # 2810: nvcc takes an assignment to an Error for a result that is thrown away; g++ and clang check it rightly. 1675: a
 # pragma that is for the host compiler.
 COMPILE_CUDA = $(NVCC) -ccbin $(firstword $(CXX)) -std=c++17 -O3 -lineinfo -Xptxas -v,-warn-spills \
@@ -102,13 +119,19 @@ LINK = $(CXX) $(common) $(CXXFLAGS)
 
 # ---- what is built of what
 
-library_sources := $(wildcard llama_*.cpp io/*.cpp tokenizer/*.cpp kernels/*.cpp kernels/cpu/*.cpp)
+# Ranks: one file of each pair. Programs that are never one of many ranks take comm_none.
+comm_sources    := kernels/comm_mpi.cpp kernels/comm_none.cpp kernels/gpu_comm_none.cpp
+library_sources := $(filter-out $(comm_sources),$(wildcard llama_*.cpp io/*.cpp tokenizer/*.cpp kernels/*.cpp \
+                                                           kernels/cpu/*.cpp))
 gpu_sources     := $(wildcard kernels/gpu*.cu)
 simt_sources    := $(wildcard dev/simt/*.cpp)
 test_sources    := $(wildcard dev/tests/*.cpp)
 object = $(addprefix $(BUILD)/,$(addsuffix .o,$(basename $(1))))
 library    := $(call object,$(library_sources))
-gpu        := $(if $(HAVE_CUDA),$(call object,$(gpu_sources)))
+gpu_real   := $(if $(HAVE_NCCL),$(gpu_sources),$(filter-out %/gpu_comm.cu,$(gpu_sources)) kernels/gpu_comm_none.cpp)
+gpu        := $(if $(HAVE_CUDA),$(call object,$(gpu_real)))
+comm       := $(call object,kernels/comm_$(if $(HAVE_MPI),mpi,none).cpp)
+alone      := $(call object,kernels/comm_none.cpp)
 simt       := $(call object,$(addprefix simt/,$(gpu_sources) $(simt_sources)))
 simt_tests := $(call object,$(filter dev/tests/simt%,$(test_sources)))
 gpu_tests  := $(call object,$(filter dev/tests/gpu_%,$(test_sources)))
@@ -132,8 +155,13 @@ endif
 $(programs:%=$(BUILD)/%.o): defines := -DHAVE_GPU=$(if $(HAVE_CUDA),1,0)
 $(programs:%=$(BUILD)/simt/%.o): defines := -DHAVE_GPU=2
 
+# Only these see MPI.
+$(BUILD)/kernels/comm_mpi.o: defines := $(MPI_CFLAGS)
+$(BUILD)/simt/dev/simt/nccl.o: defines := -DHAVE_MPI=$(if $(HAVE_MPI),1 $(MPI_CFLAGS),0)
+$(BUILD)/dev/tests/comm.o: defines := -DMPIRUN='"$(MPIRUN)"'
+
 harness_cu := $(call object,$(wildcard dev/harness*.cu) $(ops:%=dev/%))
-cpp_objects := $(call object,$(wildcard dev/*.cpp) $(library_sources) $(test_sources))
+cpp_objects := $(call object,$(wildcard dev/*.cpp) $(library_sources) $(comm_sources) $(test_sources))
 $(filter-out $(simt_tests),$(cpp_objects)): $(BUILD)/%.o: %.cpp $(BUILD)/probe.mk
 	@mkdir -p $(@D)
 	@echo '  compile $<'
@@ -161,7 +189,7 @@ $(simt_tests): $(BUILD)/%.o: %.cpp $(BUILD)/probe.mk
 	$(Q)$(COMPILE_SIMT) -MMD -MP -c $< -o $@
 ifneq (,$(HAVE_CUDA))
 # What ptxas says of each kernel is kept beside the object, for scripts/resources.py.
-$(gpu) $(harness_cu): $(BUILD)/%.o: %.cu $(BUILD)/probe.mk
+$(call object,$(filter %.cu,$(gpu_real))) $(harness_cu): $(BUILD)/%.o: %.cu $(BUILD)/probe.mk
 	@mkdir -p $(@D)
 	@echo '  compile $< (nvcc)'
 	$(Q)$(COMPILE_CUDA) -MMD -MP -c $< -o $@ 2>$(@:.o=.ptxas); status=$$?; \
@@ -175,19 +203,19 @@ endif
 
 link = $(LINK) $^ $(LDFLAGS) $(libraries)
 $(BUILD)/test_llama: $(tests) $(if $(gpu),$(gpu_tests))
-$(programs:%=$(BUILD)/%): $(BUILD)/%: $(BUILD)/%.o $(library) $(gpu)
+$(programs:%=$(BUILD)/%): $(BUILD)/%: $(BUILD)/%.o $(library) $(comm) $(gpu)
 	@echo '  link    $@'
-	$(Q)$(link) $(if $(gpu),$(CUDA_LIBRARIES)) -o $@
+	$(Q)$(link) $(MPI_LIBRARIES) $(if $(gpu),$(CUDA_LIBRARIES)) -o $@
 $(BUILD)/simt/test_llama: $(tests) $(gpu_tests) $(simt_tests)
-$(simt_programs): %: %.o $(library) $(simt)
+$(simt_programs): %: %.o $(library) $(comm) $(simt)
+	@echo '  link    $@'
+	$(Q)$(link) $(MPI_LIBRARIES) -o $@
+$(tools) $(cpu_benches:%=$(BUILD)/%): $(BUILD)/%: $(BUILD)/dev/%.o $(library) $(alone)
 	@echo '  link    $@'
 	$(Q)$(link) -o $@
-$(tools) $(cpu_benches:%=$(BUILD)/%): $(BUILD)/%: $(BUILD)/dev/%.o $(library)
+$(ops:%=$(BUILD)/%): $(BUILD)/%: $(BUILD)/dev/%.o $(harness) $(library) $(alone) $(or $(gpu),$(simt))
 	@echo '  link    $@'
-	$(Q)$(link) -o $@
-$(ops:%=$(BUILD)/%): $(BUILD)/%: $(BUILD)/dev/%.o $(harness) $(library) $(or $(gpu),$(simt))
-	@echo '  link    $@'
-	$(Q)$(link) $(if $(gpu),$(CUDA_LIBRARIES)) -o $@
+	$(Q)$(link) $(if $(gpu),$(CUDA_LIBRARIES),$(MPI_LIBRARIES)) -o $@
 
 # The programs in the root are those of the configuration asked for last. Hard links, since a program finds
 # dev/tiny_llama beside itself.
@@ -215,6 +243,7 @@ help:
 	@echo 'make clean         remove build/ and the programs'
 	@echo
 	@echo 'config=release|debug|sanitize|thread  NVCC= (no CUDA)  OPENMP= (one thread)  CUDA_ARCH=all|"80 90a"'
+	@echo 'MPICXX=mpicxx.mpich (an MPI of your choice)  MPICXX= (no MPI)  NCCL= (no NCCL)'
 
 all: $(programs) simt tools bench
 tools: $(tools)

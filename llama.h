@@ -16,6 +16,7 @@
 #include <string>
 #include <vector>
 
+#include "kernels/comm.h"
 #include "kernels/kernels.h"
 #include "llama_config.h"
 #include "tokenizer/dataset.h"
@@ -73,28 +74,60 @@ struct Weights {
     std::vector<LayerWeights<Real>> layers;
 };
 
-// Calls v.matrix(name, matrix, rows, cols, is_linear) and v.vector(name, pointer, length) for every weight by its
-// Hugging Face name, in the order of the layers. The head is left out when it is tied.
+// The base comes in units, each in one piece of memory and read by one rank:
+//   0 the embedding    1 .. L the layers    L + 1 the final norm and the head
+inline int base_units(const LlamaConfig& c) {
+    return c.L + 2;
+}
+
+// Calls v.matrix(name, matrix, rows, cols, is_linear) and v.vector(name, pointer, length) for every weight of a unit by
+// its Hugging Face name. The head is left out when it is tied.
 template <class Real, class Visitor>
-void each_weight(Weights<Real>& w, const LlamaConfig& c, Visitor&& v) {
+void each_weight_of(Weights<Real>& w, const LlamaConfig& c, int unit, Visitor&& v) {
     w.layers.resize(c.L);
-    v.matrix("model.embed_tokens.weight", w.embed, c.V, c.C, false);
-    for (int l = 0; l < c.L; l++) {
-        std::string layer = "model.layers." + std::to_string(l) + ".";
-        v.vector(layer + "input_layernorm.weight", w.layers[l].norm1, c.C);
-        for (int m = 0; m < MODULES; m++) {
-            if (m == GATE_PROJ) {
-                v.vector(layer + "post_attention_layernorm.weight", w.layers[l].norm2, c.C);
-            }
-            v.matrix(layer + module_path[m] + ".weight", w.layers[l].linear[m], module_rows(c, m), module_cols(c, m),
-                     true);
-        }
+    if (unit == 0) {
+        v.matrix("model.embed_tokens.weight", w.embed, c.V, c.C, false);
+        return;
     }
-    v.vector("model.norm.weight", w.final_norm, c.C);
-    if (!c.tied) {
-        v.matrix("lm_head.weight", w.head, c.V, c.C, false);
+    if (unit > c.L) {
+        v.vector("model.norm.weight", w.final_norm, c.C);
+        if (!c.tied) {
+            v.matrix("lm_head.weight", w.head, c.V, c.C, false);
+        }
+        return;
+    }
+    LayerWeights<Real>& layer = w.layers[unit - 1];
+    const std::string name = "model.layers." + std::to_string(unit - 1) + ".";
+    v.vector(name + "input_layernorm.weight", layer.norm1, c.C);
+    for (int m = 0; m < MODULES; m++) {
+        if (m == GATE_PROJ) {
+            v.vector(name + "post_attention_layernorm.weight", layer.norm2, c.C);
+        }
+        v.matrix(name + module_path[m] + ".weight", layer.linear[m], module_rows(c, m), module_cols(c, m), true);
     }
 }
+
+template <class Real, class Visitor>
+void each_weight(Weights<Real>& w, const LlamaConfig& c, Visitor&& v) {
+    for (int unit = 0; unit < base_units(c); unit++) {
+        each_weight_of(w, c, unit, v);
+    }
+}
+
+struct UnitMemory {
+    char* p = nullptr;
+    size_t bytes = 0;
+};
+
+// A base spread over the ranks: each keeps a slice of every layer's unit, and two layers at a time are whole, layer l in
+// buffer l % 2. slice = 0: every rank has the whole base.
+struct SpreadBase {
+    size_t slice = 0;         // bytes
+    char* mine = nullptr;     // (L, slice)
+    char* whole[2] = {};      // (ranks, slice) each
+    int holds[2] = {-1, -1};  // the layer that is there or on its way
+    bool coming[2] = {};      // on its way
+};
 
 // ---------------------------------------------------------------------------------------------------------------------
 // list 2: the adapter. Parameters, gradients and the two moments are four flat buffers with one layout.
@@ -286,9 +319,22 @@ size_t activation_bytes(const LlamaConfig& c, const LoraConfig& lora, size_t N, 
 // the model
 
 // Where the time of a step goes, for --benchmark.
-enum Op { OP_EMBED, OP_NORM, OP_QKV, OP_ATTENTION, OP_O, OP_GATE_UP, OP_DOWN, OP_SWIGLU, OP_HEAD, OP_ADAMW, OPS };
-inline const char* const op_name[OPS] = {"embedding", "rmsnorm", "qkv",    "attention", "o",
-                                         "gate_up",   "down",    "swiglu", "head+loss", "adamw"};
+enum Op {
+    OP_EMBED,
+    OP_NORM,
+    OP_QKV,
+    OP_ATTENTION,
+    OP_O,
+    OP_GATE_UP,
+    OP_DOWN,
+    OP_SWIGLU,
+    OP_HEAD,
+    OP_ADAMW,
+    OP_RANKS,
+    OPS
+};
+inline const char* const op_name[OPS] = {"embedding", "rmsnorm", "qkv",       "attention", "o",           "gate_up",
+                                         "down",      "swiglu",  "head+loss", "adamw",     "other ranks"};
 
 template <class Dev>
 struct OpTimer {  // adds the device's time until the end of its scope
@@ -305,6 +351,8 @@ struct Llama {
     Dev dev;
     LlamaConfig c;
     Weights<real> w;
+    std::vector<UnitMemory> units;  // of the base
+    SpreadBase spread;
     Adapter<real> adapter;
     Activations<Dev> acts;
     RecomputePlan recompute;
@@ -318,6 +366,7 @@ struct Llama {
     size_t placed = 0;  // bytes of them
     double op_seconds[OPS] = {};
     uint64_t dropout_seed = 0;
+    size_t summed_from = 0;  // gradients from this element on are being summed over the ranks
 };
 
 template <class Dev, class T>
@@ -519,10 +568,36 @@ LinearInput<X, Real> input_swiglu(const X* gate_up, size_t F) {
     return {LinearInput<X, Real>::SWIGLU, gate_up, 2 * F, nullptr, nullptr};
 }
 
+// Layer l's weights begin to come from the other ranks, unless they are here. What is queued so far may still read those
+// that they replace.
+template <class Dev>
+void layer_fetch(Llama<Dev>& m, int l) {
+    SpreadBase& s = m.spread;
+    if (s.slice == 0 || l < 0 || l >= m.c.L || s.holds[l % 2] == l) {
+        return;
+    }
+    OpTimer t(m.dev, m.op_seconds[OP_RANKS]);
+    comm_gather_begin(m.dev, l % 2, s.whole[l % 2], s.mine + size_t(l) * s.slice, s.slice);
+    s.holds[l % 2] = l;
+    s.coming[l % 2] = true;
+}
+
+// What is queued from now on sees layer l's weights.
+template <class Dev>
+void layer_ready(Llama<Dev>& m, int l) {
+    layer_fetch(m, l);
+    if (m.spread.coming[l % 2]) {
+        OpTimer t(m.dev, m.op_seconds[OP_RANKS]);
+        comm_gather_finish(m.dev, l % 2);
+        m.spread.coming[l % 2] = false;
+    }
+}
+
 // The next linear group to be used, if there is one, so that a device can get its weights ready meanwhile.
 template <class Dev>
 void prefetch(Llama<Dev>& m, const Pass<Dev>& p, int l, Group g) {
     if (l >= 0 && l < m.c.L) {
+        layer_ready(m, l);
         linear_prefetch(m.dev, m.groups[size_t(l) * GROUPS + g], p.N);
     }
 }
@@ -627,6 +702,8 @@ Pass<Dev> llama_forward(Llama<Dev>& m, const Batch& b, uint32_t step, float drop
         embedding_forward(m.dev, a.resid, a.tokens, m.w.embed, p.N);
     }
     for (int l = 0; l < c.L; l++) {
+        layer_ready(m, l);
+        layer_fetch(m, l + 1);
         layer_forward(m, p, l);
     }
     OpTimer t(m.dev, m.op_seconds[OP_NORM]);
@@ -740,9 +817,24 @@ void layer_backward(Llama<Dev>& m, const Pass<Dev>& p, int l) {
     }
 }
 
-// Adds the pass's gradient to adapter.g. Needs llama_loss(..., backward = true) before it.
+// The gradients of layer l, and of those above it, are this rank's whole part: they are summed over the ranks, as soon as
+// there are enough of them for one message. Layer 0 is the last to be called with.
 template <class Dev>
-void llama_backward(Llama<Dev>& m, const Pass<Dev>& p) {
+void layer_sum(Llama<Dev>& m, int l) {
+    if (m.dev.comm == nullptr) {
+        return;
+    }
+    const size_t first = m.adapter.size / size_t(m.c.L) * size_t(l), n = m.summed_from - first;
+    if (l == 0 || n >= comm_sum_least(m.dev)) {
+        OpTimer t(m.dev, m.op_seconds[OP_RANKS]);
+        comm_sum_begin(m.dev, m.adapter.g + first, n);
+        m.summed_from = first;
+    }
+}
+
+// Adds the pass's gradient to adapter.g. Needs llama_loss(..., backward = true) before it. last: of the step.
+template <class Dev>
+void llama_backward(Llama<Dev>& m, const Pass<Dev>& p, bool last = true) {
     const LlamaConfig& c = m.c;
     Activations<Dev>& a = m.acts;
     adamw_prefetch(m.dev, m.adapter.m, m.adapter.v, m.adapter.size);
@@ -754,8 +846,30 @@ void llama_backward(Llama<Dev>& m, const Pass<Dev>& p) {
                          p.N, c.C);
     }
     for (int l = c.L - 1; l >= 0; l--) {
+        layer_ready(m, l);
+        layer_fetch(m, l - 1);
         layer_backward(m, p, l);
+        if (last) {
+            layer_sum(m, l);
+        }
     }
+}
+
+// The part of a rank that has no examples left in what the others do: their weights pass through it, and a step's sum.
+template <class Dev>
+void llama_idle(Llama<Dev>& m, bool backward, bool last) {
+    for (int l = 0; l < m.c.L; l++) {
+        layer_ready(m, l);
+        layer_fetch(m, l + 1);
+    }
+    for (int l = m.c.L - 1; l >= 0 && backward; l--) {
+        layer_ready(m, l);
+        layer_fetch(m, l - 1);
+        if (last) {
+            layer_sum(m, l);
+        }
+    }
+    device_sync(m.dev);  // as a pass does: the host waits for the other ranks only with nothing of its own under way
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -764,6 +878,16 @@ void llama_backward(Llama<Dev>& m, const Pass<Dev>& p) {
 template <class Dev>
 void llama_zero_gradients(Llama<Dev>& m) {
     device_zero(m.dev, m.adapter.g, m.adapter.size * sizeof(*m.adapter.g));
+    m.summed_from = m.adapter.size;
+}
+
+// Adapter.g is the sum of all ranks from here on.
+template <class Dev>
+void llama_gradients_whole(Llama<Dev>& m) {
+    if (m.dev.comm != nullptr) {
+        OpTimer t(m.dev, m.op_seconds[OP_RANKS]);
+        comm_sum_finish(m.dev);
+    }
 }
 
 template <class Dev>

@@ -2,9 +2,15 @@
 // weights in place, adapters in PEFT's form. It knows names, shapes and dtypes of both; bytes on disk are io/'s
 // business, arithmetic is kernels/'.
 //
+// With R ranks, rank u % R reads and quantises unit u; the others get it, or their slices of it, from that rank:
+//
+//   round 0   | unit 0 | unit 1 | ... | unit R-1 |    one a rank, all at once
+//   round 1   | unit R | ...                          then sent, before the next round
+//
 // Memory while loading: the packed model, one tensor's absmax, and two buffers of CHUNK elements.
 #pragma once
 #include <algorithm>
+#include <numeric>
 #include <set>
 #include <string>
 #include <vector>
@@ -13,6 +19,7 @@
 #include "kernels/widen.h"
 #include "llama.h"
 #include "llama_bnb.h"
+#include "llama_save_base.h"
 
 constexpr size_t LOAD_CHUNK = size_t(4) << 20;  // elements; a multiple of a block of 64 and of 64 x 256
 
@@ -21,6 +28,7 @@ struct BaseOptions {
     bool nf4 = true;
     bool double_quant = true;
     bool host_embed = false;  // the embedding stays on the host's side of a device that has memory of its own
+    int spread = 0;           // ranks that each keep a part of every layer; 0: the whole base is here
 };
 
 inline Store dtype_store(const std::string& dtype) {  // as a tensor's or a config's dtype is spelled
@@ -36,15 +44,18 @@ inline size_t store_bytes(Store s) {  // of an element; not for NF4
 // ---------------------------------------------------------------------------------------------------------------------
 // the base without its weights, for plans
 
-// A matrix as it will be held, without memory.
+// A matrix as it will be held, without memory. st: the checkpoint, whose own dtypes decide; nullptr: by config.json.
 template <class Dev>
 Matrix base_matrix(const Dev& dev, const LlamaConfig& c, const BaseOptions& options, const std::string& name,
-                   bool linear, int rows, int cols) {
-    const bool nf4 = linear && (c.bnb_nf4 ? c.bnb_plain.count(name) == 0 : options.nf4);
+                   bool linear, int rows, int cols, const Safetensors* st = nullptr) {
+    const Tensor* t = st != nullptr ? safetensors_find(*st, name) : nullptr;
+    const bool stored_nf4 = t != nullptr ? t->dtype == "U8" : c.bnb_plain.count(name) == 0;
     Matrix w;
     w.rows = rows;
     w.cols = cols;
-    w.store = nf4 ? Store::NF4 : device_store(dev, dtype_store(c.dtype));
+    w.store = linear && (c.bnb_nf4 ? stored_nf4 : options.nf4)
+                  ? Store::NF4
+                  : device_store(dev, dtype_store(t != nullptr ? t->dtype : c.dtype));
     w.packed = w.store == Store::NF4 && nf4_packs(dev, w);
     return w;
 }
@@ -77,36 +88,88 @@ inline bool is_host_embed(const LlamaConfig& c, const BaseOptions& options, cons
     return options.host_embed && !c.tied && name == "model.embed_tokens.weight";
 }
 
+// Every allocation and every piece in one begins at a multiple of 256 bytes. Without memory it only counts.
+struct Placing {
+    char* memory = nullptr;
+    size_t bytes = 0;
+
+    template <class T>
+    void take(T*& p, size_t elements) {
+        p = memory != nullptr ? reinterpret_cast<T*>(memory + bytes) : nullptr;
+        bytes += placed_bytes(elements * sizeof(T));
+    }
+};
+
+// Gives each weight of a unit its form and its place in the unit's memory.
 template <class Dev>
-struct BaseBytes {
+struct PlaceUnit {
     const Dev& dev;
     const LlamaConfig& c;
     BaseOptions options;
-    size_t bytes = 0, load_workspace = 0;
+    const Safetensors* st;  // as base_matrix
+    Placing at;
+    size_t load_workspace = 0;
 
-    void matrix(const std::string& name, Matrix&, int rows, int cols, bool linear) {
-        const Matrix w = base_matrix(dev, c, options, name, linear, rows, cols);
-        const bool nested = c.bnb_nf4 ? c.bnb_flat.count(name) == 0 : options.double_quant;
+    void matrix(const std::string& name, Matrix& w, int rows, int cols, bool linear) {
+        w = base_matrix(dev, c, options, name, linear, rows, cols, st);
         if (w.store != Store::NF4) {
-            bytes += is_host_embed(c, options, name) ? 0 : placed_bytes(w.elements() * store_bytes(w.store));
+            const uint8_t* data = nullptr;
+            at.take(data, is_host_embed(c, options, name) ? 0 : w.elements() * store_bytes(w.store));
+            w.data = data;
             return;
         }
-        bytes += placed_bytes((w.elements() + 1) / 2);
-        bytes += nested ? placed_bytes(w.blocks()) + placed_bytes((w.blocks() + 255) / 256 * 4) + placed_bytes(256 * 4)
-                        : placed_bytes(w.blocks() * 4);
+        w.packed = false;  // not before nf4_pack
+        at.take(w.codes, (w.elements() + 1) / 2);
+        if (is_nested(name)) {
+            at.take(w.absmax8, w.blocks());
+            at.take(w.absmax2, (w.blocks() + 255) / 256);
+            at.take(w.map8, 256);
+        } else {
+            at.take(w.absmax32, w.blocks());
+        }
         load_workspace = std::max(load_workspace, nf4_load_workspace(dev, w.elements(), LOAD_CHUNK));
     }
-    void vector(const std::string&, typename Dev::real*&, int n) {
-        bytes += placed_bytes(size_t(n) * sizeof(typename Dev::real));
+    void vector(const std::string&, typename Dev::real*& p, int n) { at.take(p, size_t(n)); }
+
+    bool is_nested(const std::string& name) const {
+        return !c.bnb_nf4      ? options.double_quant
+               : st != nullptr ? safetensors_find(*st, name + ".nested_absmax") != nullptr
+                               : c.bnb_flat.count(name) == 0;
     }
+};
+
+// What a rank keeps of a layer of that many bytes, when `ranks` share it.
+inline size_t spread_slice(size_t layer_bytes, int ranks) {
+    return placed_bytes((layer_bytes + size_t(ranks) - 1) / size_t(ranks));
+}
+
+struct BaseBytes {
+    std::vector<size_t> unit;   // of each unit
+    size_t layer = 0;           // of the largest layer
+    size_t bytes = 0;           // on this rank's device
+    size_t load_workspace = 0;  // while it is read
 };
 
 // Bytes of the base as held, and of workspace that reading it needs.
 template <class Dev>
-BaseBytes<Dev> base_measure(const Dev& dev, const LlamaConfig& c, const BaseOptions& options) {
-    BaseBytes<Dev> b{dev, c, options};
+BaseBytes base_measure(const Dev& dev, const LlamaConfig& c, const BaseOptions& options,
+                       const Safetensors* st = nullptr) {
+    BaseBytes b;
     Weights<typename Dev::real> none;
-    each_weight(none, c, b);
+    for (int u = 0; u < base_units(c); u++) {
+        PlaceUnit<Dev> place{dev, c, options, st, {}, 0};
+        each_weight_of(none, c, u, place);
+        const size_t bytes = place.at.bytes;
+        b.unit.push_back(bytes);
+        const bool is_layer = u > 0 && u <= c.L;
+        b.layer = is_layer ? std::max(b.layer, bytes) : b.layer;
+        b.bytes += is_layer && options.spread > 0 ? 0 : bytes;
+        b.load_workspace = std::max(b.load_workspace, place.load_workspace);
+    }
+    if (options.spread > 0) {
+        const size_t slice = spread_slice(b.layer, options.spread);
+        b.bytes += size_t(c.L) * slice + 2 * size_t(options.spread) * slice;
+    }
     return b;
 }
 
@@ -239,61 +302,111 @@ Error base_check_names(BaseReader& r, Weights<Real>& w, const LlamaConfig& c, co
     return {};
 }
 
-// Reads each weight into device memory.
+// Memory for the base, and every weight's place in it.
 template <class Dev>
-struct LoadWeights {
+void base_place(Llama<Dev>& m, const BaseOptions& options, const Safetensors* st) {
+    const BaseBytes measured = base_measure(m.dev, m.c, options, st);
+    const size_t ranks = size_t(options.spread);
+    SpreadBase& s = m.spread;
+    if (ranks > 0) {
+        s.slice = spread_slice(measured.layer, options.spread);
+        llama_alloc(m, s.mine, size_t(m.c.L) * s.slice, "this rank's part of the base");
+        llama_alloc(m, s.whole[0], ranks * s.slice, "a whole layer");
+        llama_alloc(m, s.whole[1], ranks * s.slice, "another whole layer");
+    }
+    for (int u = 0; u < base_units(m.c); u++) {
+        PlaceUnit<Dev> place{m.dev, m.c, options, st, {}, 0};
+        if (u > 0 && u <= m.c.L && ranks > 0) {
+            place.at.memory = s.whole[(u - 1) % 2];
+        } else if (measured.unit[u] > 0) {
+            llama_alloc(m, place.at.memory, measured.unit[u], "the base");
+        }
+        each_weight_of(m.w, m.c, u, place);
+        m.units.push_back({place.at.memory, measured.unit[u]});
+    }
+    if (is_host_embed(m.c, options, "model.embed_tokens.weight")) {
+        m.w.embed.data =
+            device_alloc_host(m.dev, m.w.embed.elements() * store_bytes(m.w.embed.store), "the embedding");
+    }
+}
+
+template <class T>
+T* writable(const T* p) {  // weights are constant to all but those who read them in
+    return const_cast<T*>(p);
+}
+
+// The absmax of a matrix quantised here, into its place.
+template <class Dev>
+void absmax_store(Llama<Dev>& m, Matrix& w, const std::vector<float>& absmax) {
+    if (w.absmax32 != nullptr) {
+        device_to(m.dev, writable(w.absmax32), absmax.data(), absmax.size() * 4);
+        return;
+    }
+    std::vector<uint8_t> absmax8(absmax.size());
+    std::vector<float> absmax2((absmax.size() + 255) / 256);
+    nf4_double_quantize(absmax8.data(), absmax2.data(), &w.offset, absmax.data(), absmax.size());
+    float map[256];
+    nf4_map8(map);
+    device_to(m.dev, writable(w.absmax8), absmax8.data(), absmax8.size());
+    device_to(m.dev, writable(w.absmax2), absmax2.data(), absmax2.size() * 4);
+    device_to(m.dev, writable(w.map8), map, sizeof(map));
+}
+
+// Reads each weight of a unit into its place. saved: what --save-base writes of it, nullptr: nothing is.
+template <class Dev>
+struct LoadUnit {
     using Real = typename Dev::real;
     Llama<Dev>& m;
     BaseReader& r;
     BaseOptions options;
+    std::vector<HostTensor>* saved;
     Error error;
 
     void vector(const std::string& name, Real*& p, int n) {
         if (error) {
             return;
         }
-        llama_alloc(m, p, n, name.c_str());
         std::vector<Real> host(n);
-        error = tensor_stream(r, *safetensors_find(r.st, name),
-                              [&](const void*, const float* x, uint64_t first, size_t count) {
-                                  std::copy(x, x + count, host.begin() + first);
-                              });
+        const Tensor& t = *safetensors_find(r.st, name);
+        HostTensor* copy = save_begin(t);
+        error = tensor_stream(r, t, [&](const void* raw, const float* x, uint64_t first, size_t count) {
+            save_more(copy, t, raw, count);
+            std::copy(x, x + count, host.begin() + first);
+        });
         device_to(m.dev, p, host.data(), n * sizeof(Real));
     }
 
-    void matrix(const std::string& name, Matrix& w, int rows, int cols, bool linear) {
+    void matrix(const std::string& name, Matrix& w, int, int, bool) {
         if (error) {
             return;
         }
-        w.rows = rows;
-        w.cols = cols;
         const Tensor& t = *safetensors_find(r.st, name);
-        if (t.dtype == "U8") {
-            error = matrix_bnb(name, t, w);
-        } else if (linear && options.nf4 &&
-                   !m.c.bnb_nf4) {  // a bnb checkpoint's 16-bit linears were left so on purpose
-            error = matrix_nf4(t, w);
-        } else {
-            error = matrix_plain(t, w);
-        }
+        error = t.dtype == "U8" ? matrix_bnb(name, t, w) : w.store == Store::NF4 ? matrix_nf4(t, w) : matrix_plain(t, w);
     }
 
-    template <class T>
-    T* place(size_t elements, const std::string& what) {
-        T* p;
-        llama_alloc(m, p, elements, what.c_str());
-        return p;
+    HostTensor* save_begin(const Tensor& t) {
+        if (saved == nullptr) {
+            return nullptr;
+        }
+        saved->push_back({t.name, t.dtype, t.shape, ""});
+        saved->back().bytes.reserve(t.bytes);
+        return &saved->back();
+    }
+
+    static void save_more(HostTensor* copy, const Tensor& t, const void* raw, size_t count) {
+        if (copy != nullptr) {
+            copy->bytes.append(static_cast<const char*>(raw), count * dtype_bytes(t.dtype));
+        }
     }
 
     Error matrix_plain(const Tensor& t, Matrix& w) {
         const Store stored = dtype_store(t.dtype);
-        w.store = device_store(m.dev, stored);
-        const size_t width = store_bytes(w.store), bytes = w.elements() * width;
-        void* host = is_host_embed(m.c, options, t.name) ? device_alloc_host(m.dev, bytes, "the embedding") : nullptr;
-        uint8_t* p = host != nullptr ? static_cast<uint8_t*>(host) : place<uint8_t>(bytes, t.name);
-        w.data = p;
+        const size_t width = store_bytes(w.store);
+        uint8_t* p = static_cast<uint8_t*>(const_cast<void*>(w.data));
         std::vector<bf16> rounded;
+        HostTensor* copy = save_begin(t);
         return tensor_stream(r, t, [&](const void* raw, const float* x, uint64_t first, size_t count) {
+            save_more(copy, t, raw, count);
             if (w.store != stored && w.store == Store::BF16) {
                 rounded.resize(count);
                 std::transform(x, x + count, rounded.begin(), to_bf16);
@@ -307,41 +420,37 @@ struct LoadWeights {
     }
 
     Error matrix_nf4(const Tensor& t, Matrix& w) {
-        uint8_t* codes = place<uint8_t>((w.elements() + 1) / 2, t.name);
         std::vector<float> absmax(w.blocks());
         Error e = tensor_stream(r, t, [&](const void*, const float* x, uint64_t first, size_t count) {
-            nf4_quantize(m.dev, codes + first / 2, absmax.data() + first / 64, x, count);
+            nf4_quantize(m.dev, writable(w.codes) + first / 2, absmax.data() + first / 64, x, count);
         });
-        w.store = Store::NF4;
-        w.codes = codes;
         if (!e) {
-            set_absmax(w, absmax, t.name);
+            absmax_store(m, w, absmax);
+            if (saved != nullptr) {
+                matrix_save(t, w);
+            }
             nf4_pack(m.dev, w);
         }
         return e;
     }
 
-    void set_absmax(Matrix& w, const std::vector<float>& absmax, const std::string& name) {
-        if (!options.double_quant) {
-            float* p = place<float>(absmax.size(), name);
-            device_to(m.dev, p, absmax.data(), absmax.size() * 4);
-            w.absmax32 = p;
-            return;
-        }
-        std::vector<uint8_t> absmax8(absmax.size());
-        std::vector<float> absmax2((absmax.size() + 255) / 256);
-        nf4_double_quantize(absmax8.data(), absmax2.data(), &w.offset, absmax.data(), absmax.size());
-        float map[256];
-        nf4_map8(map);
-        uint8_t* p8 = place<uint8_t>(w.blocks(), name);
-        float* p2 = place<float>(absmax2.size(), name);
-        float* pm = place<float>(256, name);
-        device_to(m.dev, p8, absmax8.data(), absmax8.size());
-        device_to(m.dev, p2, absmax2.data(), absmax2.size() * 4);
-        device_to(m.dev, pm, map, 256 * 4);
-        w.absmax8 = p8;
-        w.absmax2 = p2;
-        w.map8 = pm;
+    void matrix_save(const Tensor& t, const Matrix& w) {
+        Matrix host = w;
+        std::vector<uint8_t> codes((w.elements() + 1) / 2), absmax8;
+        std::vector<float> absmax32, absmax2, map;
+        const auto fetch = [&](auto& to, auto*& p, size_t n) {
+            if (p != nullptr) {
+                to.resize(n);
+                device_from(m.dev, to.data(), p, n * sizeof(to[0]));
+                p = to.data();
+            }
+        };
+        fetch(codes, host.codes, codes.size());
+        fetch(absmax32, host.absmax32, w.blocks());
+        fetch(absmax8, host.absmax8, w.blocks());
+        fetch(absmax2, host.absmax2, (w.blocks() + 255) / 256);
+        fetch(map, host.map8, 256);
+        bnb_tensors(*saved, t.name, host, t.dtype);
     }
 
     // A packed weight of a bitsandbytes checkpoint, used as stored.
@@ -356,17 +465,14 @@ struct LoadWeights {
                              shape_text({q.rows, q.cols}).c_str())
                 .hinted("config.json and the weights do not belong together");
         }
-        w.store = Store::NF4;
         w.offset = q.offset;
-        Error e = tensor_copy(w.codes, *q.codes);
+        Error e = tensor_copy(writable(w.codes), *q.codes);
         if (!e && !q.nested()) {
-            e = tensor_copy(w.absmax32, *q.absmax);
+            e = tensor_copy(writable(w.absmax32), *q.absmax);
         } else if (!e) {
-            e = tensor_copy(w.absmax8, *q.absmax);
-            e = e ? e : tensor_copy(w.absmax2, *q.nested_absmax);
-            float* map = place<float>(256, name);
-            device_to(m.dev, map, q.nested_map, sizeof(q.nested_map));
-            w.map8 = map;
+            e = tensor_copy(writable(w.absmax8), *q.absmax);
+            e = e ? e : tensor_copy(writable(w.absmax2), *q.nested_absmax);
+            device_to(m.dev, writable(w.map8), q.nested_map, sizeof(q.nested_map));
             r.chunk_hashes += sha256_hex(q.nested_map, sizeof(q.nested_map)) + sha256_hex(&q.offset, sizeof(q.offset));
         }
         if (!e) {
@@ -375,11 +481,9 @@ struct LoadWeights {
         return e;
     }
 
-    // The bytes of a tensor as they are, into new device memory; floats are checked to be finite.
+    // The bytes of a tensor as they are; floats are checked to be finite.
     template <class T>
-    Error tensor_copy(const T*& p, const Tensor& t) {
-        T* to = place<T>(t.bytes / sizeof(T), t.name);
-        p = to;
+    Error tensor_copy(T* to, const Tensor& t) {
         if (t.dtype == "F32") {
             return tensor_stream(r, t, [&](const void* raw, const float*, uint64_t first, size_t count) {
                 device_to(m.dev, to + first, raw, count * 4);
@@ -424,39 +528,176 @@ inline Error tied_head_warning(BaseReader& r, const LlamaConfig& c, std::vector<
     return {};
 }
 
-// Loads the weights of m.c from model_dir. *hash: sha256 of what was read (tensors and their names).
+// ---------------------------------------------------------------------------------------------------------------------
+// units between ranks
+
+// Of all ranks' errors: this rank's own, or with an empty text that another rank has one and says it; none only if none
+// has.
+inline Error comm_agree(const Comm* comm, Error mine) {
+    if (comm == nullptr) {
+        return mine;
+    }
+    std::vector<int> codes(comm->size);
+    comm_all_gather(*comm, codes.data(), &mine.code, sizeof(mine.code));
+    for (int code : codes) {
+        mine.code = mine.code == 0 ? code : mine.code;
+    }
+    return mine;
+}
+
+// The numbers of a layer that are held beside its memory, and the hashes of what was read.
+struct UnitNote {
+    float offset[MODULES] = {};
+    std::string hashes;
+};
+
+// Units first, first + 1, ... have been read, one by each rank: hands them on. *hashes grows by theirs, in order.
+template <class Dev>
+void round_share(Llama<Dev>& m, int first, std::string own_hashes, std::string* hashes) {
+    const Comm* comm = m.dev.comm;
+    if (comm == nullptr) {
+        *hashes += own_hashes;
+        return;
+    }
+    const int units = base_units(m.c), own = first + comm->rank;
+    const auto is_layer = [&](int u) { return u > 0 && u <= m.c.L; };
+    std::string note(MODULES * sizeof(float), '\0');
+    for (int i = 0; own < units && is_layer(own) && i < MODULES; i++) {
+        memcpy(&note[size_t(i) * sizeof(float)], &m.w.layers[own - 1].linear[i].offset, sizeof(float));
+    }
+    const std::vector<std::string> notes = comm_all_gather_text(*comm, note + own_hashes);
+    std::vector<void*> slices(comm->size, nullptr);
+    for (int r = 0; r < comm->size && first + r < units; r++) {
+        const int u = first + r;
+        hashes->append(notes[r], note.size());
+        if (!is_layer(u)) {
+            comm_broadcast_device(m.dev, m.units[u].p, m.units[u].bytes, r);
+            if (u == 0 && m.units[0].bytes == 0) {  // on the host
+                comm_broadcast(*comm, const_cast<void*>(m.w.embed.data),
+                               m.w.embed.elements() * store_bytes(m.w.embed.store), r);
+            }
+            continue;
+        }
+        for (int i = 0; i < MODULES; i++) {
+            Matrix& w = m.w.layers[u - 1].linear[i];
+            memcpy(&w.offset, &notes[r][size_t(i) * sizeof(float)], sizeof(float));
+            w.packed = w.store == Store::NF4 && nf4_packs(m.dev, w);
+        }
+        if (m.spread.slice == 0) {
+            comm_broadcast_device(m.dev, m.units[u].p, m.units[u].bytes, r);
+        } else {
+            slices[r] = m.spread.mine + size_t(u - 1) * m.spread.slice;
+        }
+    }
+    if (m.spread.slice > 0) {
+        comm_exchange_device(m.dev, own < units && is_layer(own) ? m.units[own].p : nullptr, slices.data(),
+                             m.spread.slice);
+    }
+}
+
+// Every unit is made by one rank with make(unit, hashes) and handed on. after(first, error): once a round, on all ranks.
+template <class Dev, class Make, class After>
+Error base_rounds(Llama<Dev>& m, std::string* hashes, const Make& make, const After& after) {
+    const int ranks = m.dev.comm != nullptr ? m.dev.comm->size : 1, rank = m.dev.comm != nullptr ? m.dev.comm->rank : 0;
+    for (int first = 0; first < base_units(m.c); first += ranks) {
+        std::string own;
+        Error e = first + rank < base_units(m.c) ? make(first + rank, &own) : Error();
+        e = comm_agree(m.dev.comm, e);
+        e = e ? e : comm_agree(m.dev.comm, after());
+        if (e) {
+            return e;
+        }
+        round_share(m, first, own, hashes);
+    }
+    if (m.c.tied) {
+        m.w.head = m.w.embed;
+    }
+    return {};
+}
+
+// What this round's ranks read, to rank 0, which writes it in the order of the units. Texts go in pieces.
+inline Error saved_units_write(const Comm* comm, BaseWriter& writer, std::vector<HostTensor>& own) {
+    if (comm == nullptr) {
+        return base_writer_add(writer, std::move(own));
+    }
+    constexpr size_t PIECE = size_t(1) << 30;
+    const std::string text = host_tensors_pack(own);
+    own.clear();
+    std::vector<size_t> bytes(comm->size);
+    const size_t mine = text.size();
+    comm_all_gather(*comm, bytes.data(), &mine, sizeof(mine));
+    std::vector<std::string> all(comm->rank == 0 ? comm->size : 0);
+    for (size_t at = 0; at < *std::max_element(bytes.begin(), bytes.end()); at += PIECE) {
+        std::vector<std::string> piece = comm_gather_text(*comm, at < mine ? text.substr(at, PIECE) : "");
+        for (size_t r = 0; r < all.size(); r++) {
+            all[r] += piece[r];
+        }
+    }
+    for (const std::string& one : all) {
+        std::vector<HostTensor> unit;
+        if (!host_tensors_unpack(unit, one)) {
+            return runtime_failure("a part of the base came damaged from another rank");
+        }
+        if (Error e = base_writer_add(writer, std::move(unit))) {
+            return e;
+        }
+    }
+    return {};
+}
+
+// Loads the weights of m.c from model_dir. *hash: sha256 of what was read (tensors and their names). save_dir: where the
+// packed base is written too; "": nowhere.
 template <class Dev>
 Error llama_load(Llama<Dev>& m, std::string* hash, std::vector<std::string>& warnings, const std::string& model_dir,
-                 const BaseOptions& options) {
-    BaseReader r;
-    device_reserve(m.dev, base_measure(m.dev, m.c, options).load_workspace);
+                 const BaseOptions& options, const std::string& save_dir = "") {
     if (m.c.bnb_nf4 && !options.nf4) {
         return bad_input("%s: the checkpoint is already quantised to NF4, --quant none is not possible",
                          model_dir.c_str())
             .hinted("leave out --quant, or give the 16-bit checkpoint");
     }
+    if (m.c.bnb_nf4 && !save_dir.empty()) {
+        return bad_input("%s: the checkpoint is already quantised to NF4, there is nothing to save", model_dir.c_str())
+            .hinted("leave out --save-base");
+    }
+    const bool save = !save_dir.empty(), writes = save && (m.dev.comm == nullptr || m.dev.comm->rank == 0);
+    BaseReader r;
+    BaseWriter writer;
     Error e = checkpoint_open(r.st, model_dir);
     if (!e) {
         warnings.insert(warnings.end(), r.st.warnings.begin(), r.st.warnings.end());
         e = base_check_names(r, m.w, m.c, model_dir);
     }
+    const BaseBytes measured = e ? BaseBytes() : base_measure(m.dev, m.c, options, &r.st);
+    const size_t whole = std::accumulate(measured.unit.begin(), measured.unit.end(), size_t(0));
+    e = e || !writes ? e : base_writer_open(writer, save_dir, model_dir, whole);
+    e = comm_agree(m.dev.comm, e);
+    std::string hashes;
     if (!e) {
-        LoadWeights<Dev> load{m, r, options, {}};
-        each_weight(m.w, m.c, load);
-        e = load.error;
+        device_reserve(m.dev, measured.load_workspace);
+        base_place(m, options, &r.st);
+        std::vector<HostTensor> saved;
+        const auto load = [&](int unit, std::string* own) {
+            LoadUnit<Dev> one{m, r, options, save ? &saved : nullptr, {}};
+            each_weight_of(m.w, m.c, unit, one);
+            own->swap(r.chunk_hashes);
+            r.chunk_hashes.clear();
+            return one.error;
+        };
+        e = base_rounds(m, &hashes, load,
+                        [&] { return save ? saved_units_write(m.dev.comm, writer, saved) : Error(); });
     }
     if (!e) {
         e = tied_head_warning(r, m.c, warnings);
     }
-    if (!e) {
-        for (const std::string& name : r.wanted) {
-            r.chunk_hashes += name + "\n";
-        }
-        *hash = sha256_hex(r.chunk_hashes.data(), r.chunk_hashes.size());
-        if (m.c.tied) {
-            m.w.head = m.w.embed;
-        }
+    e = e || !writes ? e : base_writer_close(writer);
+    if (e && writes) {
+        base_writer_abandon(writer);
     }
+    e = comm_agree(m.dev.comm, e);
+    for (const std::string& name : r.wanted) {
+        hashes += name + "\n";
+    }
+    *hash = sha256_hex(hashes.data(), hashes.size());
     safetensors_close(r.st);
     return e;
 }
@@ -465,59 +706,42 @@ Error llama_load(Llama<Dev>& m, std::string* hash, std::vector<std::string>& war
 // random weights in place, for plans and timings
 
 template <class Dev>
-struct RandomWeights {
+struct RandomUnit {
     using Real = typename Dev::real;
     Llama<Dev>& m;
-    BaseOptions options;
-    uint64_t tensor = 0;
+    uint64_t tensor;  // matrices before this one, in the order of each_weight
 
-    void vector(const std::string& name, Real*& p, int n) {
-        llama_alloc(m, p, n, name.c_str());
+    void vector(const std::string&, Real*& p, int n) {
         std::vector<Real> ones(n, Real(1));
         device_to(m.dev, p, ones.data(), n * sizeof(Real));
     }
 
     // Codes are random bits; the absmax gives weights of standard deviation 1 / sqrt(cols), so that activations keep
     // their size through the layers.
-    void matrix(const std::string& name, Matrix& w, int rows, int cols, bool linear) {
-        w.rows = rows;
-        w.cols = cols;
+    void matrix(const std::string&, Matrix& w, int, int cols, bool) {
         tensor++;
         const double sigma = 1 / std::sqrt(double(cols));
-        if (linear && options.nf4) {
-            const size_t bytes = (w.elements() + 1) / 2;
-            uint8_t* codes;
-            llama_alloc(m, codes, bytes, name.c_str());
-            fill(codes, bytes, [&](size_t i, void* out) {
+        if (w.store == Store::NF4) {
+            fill(writable(w.codes), (w.elements() + 1) / 2, [&](size_t i, void* out) {
                 uint64_t bits = random_bits(1, STREAM_WEIGHTS, tensor, i);
                 memcpy(out, &bits, 8);
             });
-            w.store = Store::NF4;
-            w.codes = codes;
-            LoadWeights<Dev> load{m, unused, options, {}};
-            load.set_absmax(w, std::vector<float>(w.blocks(), float(sigma / 0.55)), name);  // 0.55: the codes' rms
+            absmax_store(m, w, std::vector<float>(w.blocks(), float(sigma / 0.55)));  // 0.55: the codes' rms
             nf4_pack(m.dev, w);
             return;
         }
-        w.store = device_store(m.dev, Store::BF16);
         const bool half = w.store == Store::BF16;
-        const size_t bytes = w.elements() * store_bytes(w.store);
-        uint8_t* p = static_cast<uint8_t*>(
-            is_host_embed(m.c, options, name) ? device_alloc_host(m.dev, bytes, "the embedding") : nullptr);
-        if (p == nullptr) {
-            llama_alloc(m, p, bytes, name.c_str());
-        }
-        fill(p, w.elements() * store_bytes(w.store), [&](size_t i, void* out) {
-            uint64_t bits = random_bits(1, STREAM_WEIGHTS, tensor, half ? i : i / 2);
-            bf16 x[4];
-            float f[4];
-            for (int j = 0; j < 4; j++) {
-                x[j] = to_bf16(float((double(uint16_t(bits >> (16 * j))) / 65535 - 0.5) * sigma * std::sqrt(12.0)));
-                f[j] = to_float(x[j]);
-            }
-            memcpy(out, half ? static_cast<const void*>(x) : f + i % 2 * 2, 8);
-        });
-        w.data = p;
+        fill(static_cast<uint8_t*>(const_cast<void*>(w.data)), w.elements() * store_bytes(w.store),
+             [&](size_t i, void* out) {
+                 uint64_t bits = random_bits(1, STREAM_WEIGHTS, tensor, half ? i : i / 2);
+                 bf16 x[4];
+                 float f[4];
+                 for (int j = 0; j < 4; j++) {
+                     x[j] = to_bf16(float((double(uint16_t(bits >> (16 * j))) / 65535 - 0.5) * sigma * std::sqrt(12.0)));
+                     f[j] = to_float(x[j]);
+                 }
+                 memcpy(out, half ? static_cast<const void*>(x) : f + i % 2 * 2, 8);
+             });
     }
 
     // make(i, out): eight bytes at a time, in pieces that fit a host buffer
@@ -534,18 +758,21 @@ struct RandomWeights {
             device_to(m.dev, device_p + first, host.data(), count);
         }
     }
-
-    BaseReader unused;
 };
 
 template <class Dev>
-void llama_random(Llama<Dev>& m, const BaseOptions& options) {
+Error llama_random(Llama<Dev>& m, const BaseOptions& options) {
     device_reserve(m.dev, base_measure(m.dev, m.c, options).load_workspace);
-    RandomWeights<Dev> random{m, options, 0, {}};
-    each_weight(m.w, m.c, random);
-    if (m.c.tied) {
-        m.w.head = m.w.embed;
-    }
+    base_place(m, options, nullptr);
+    std::string none;
+    return base_rounds(
+        m, &none,
+        [&](int unit, std::string*) {
+            RandomUnit<Dev> random{m, unit == 0 ? 0 : 1 + uint64_t(unit - 1) * MODULES};
+            each_weight_of(m.w, m.c, unit, random);
+            return Error();
+        },
+        [] { return Error(); });
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -29,6 +29,19 @@ inline Json resolved_settings(const Run& run) {
     return j;
 }
 
+// How this run computes what it computes: a resume does the same where it can.
+template <class Dev>
+Json execution(const Run& run, const Dev& dev) {
+    return Json::object()
+        .set("pass_tokens", run.plan.pass_tokens)
+        .set("recompute", recompute_text(run.plan.recompute))
+        .set("gemm", gemm_name(run.plan.gemm))
+        .set("device", device_kind(dev))
+        .set("tier", device_tier(dev))
+        .set("ranks", run.comm.size)
+        .set("program", train_llama_version);
+}
+
 // regular: one of the run's own save points. Another (after a signal) leaves no trace in the log of the run that goes
 // on from it.
 template <class Dev>
@@ -41,13 +54,7 @@ Error checkpoint_save(Run& run, Llama<Dev>& m, bool regular) {
     Json state = Json::object();
     state.set("version", 1).set("step", run.step).set("log_bytes", regular ? log_bytes(run.log) : log_before);
     state.set("fingerprints", fingerprints(run)).set("resolved", resolved_settings(run)).set("val", run.val.hash);
-    state.set("execution", Json::object()
-                               .set("pass_tokens", run.plan.pass_tokens)
-                               .set("recompute", recompute_text(run.plan.recompute))
-                               .set("gemm", gemm_name(run.plan.gemm))
-                               .set("device", device_kind(m.dev))
-                               .set("tier", device_tier(m.dev))
-                               .set("program", train_llama_version));
+    state.set("execution", execution(run, m.dev));
     state.set("first_loss", run.first_loss).set("last_loss", run.last_loss).set("window_loss", run.window_loss);
     state.set("window_steps", run.window_steps);
     Json evaluations = Json::array();

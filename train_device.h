@@ -2,7 +2,7 @@
 // a step should take; and the choice between the devices that this program has.
 #pragma once
 #include "kernels/cpu/peak.h"
-#include "train_run.h"
+#include "train_ranks.h"
 
 // ---------------------------------------------------------------------------------------------------------------------
 // one question, two answers
@@ -32,8 +32,8 @@ std::string device_label(const Gpu<X>& dev) {
     return text_format("cuda, %s, %s", dev.info.name, sizeof(X) == 2 ? "bf16" : "fp32");
 }
 
-inline uint64_t device_memory(const Cpu<float>&) {
-    return machine_memory();
+inline uint64_t device_memory(const Cpu<float>& dev) {
+    return machine_memory() / uint64_t(dev.comm != nullptr ? dev.comm->local_size : 1);
 }
 template <class X>
 uint64_t device_memory(const Gpu<X>& dev) {
@@ -84,11 +84,33 @@ Error device_take(Gpu<X>& dev, const Plan& plan) {
     return {};
 }
 
+// Of all ranks together.
+template <class Dev>
+double peak_of_ranks(const Run& run, Dev& dev) {
+    double peak = device_peak_gflops(dev);
+    if (run.comm.state != nullptr) {
+        comm_sum(run.comm, &peak, 1);
+    }
+    return peak;
+}
+
+// What the poorest rank has: all follow one plan.
+template <class Dev>
+uint64_t memory_of_ranks(const Run& run, const Dev& dev) {
+    std::vector<uint64_t> all(run.comm.size);
+    const uint64_t own = device_memory(dev);
+    comm_all_gather(run.comm, all.data(), &own, sizeof(own));
+    return *std::min_element(all.begin(), all.end());
+}
+
 // What of a plan the user asks for, before plan_choose.
 inline void plan_wishes(Run& run) {
     run.plan = Plan();
     run.plan.gemm = gemm_parse(run.o.gemm);
     run.plan.paged = run.o.paged_optimizer;
+    run.plan.ranks = run.o.ranks > 0 ? run.o.ranks : run.comm.size;
+    run.plan.local_ranks = run.o.ranks > 0 ? std::min(run.o.ranks, 8) : run.comm.local_size;
+    run.plan.spread = run.o.shard_base && (run.o.ranks > 0 || run.comm.state != nullptr);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -106,7 +128,7 @@ double plan_seconds(const Gpu<X>& dev, const Run& run, const Batch& b) {
     const LlamaConfig& c = run.c;
     const double N = double(b.size()), flops = pass_flops(c, run.lora, b), attention = attention_flops(c, b);
     const double rate = dev.info.gflops * 1e9;
-    const double again = (plan_cost(run.plan, c, plan_restore_tokens(dev)) - 2) * 2 * N * double(linear_parameters(c));
+    const double again = (plan_cost(run.plan, c, plan_restore_tokens(dev), 0) - 2) * 2 * N * double(linear_parameters(c));
     // Elements a token and layer: norms 9 C forward and back, gradients of norms 4 C each, RoPE both ways, delta,
     // SwiGLU 3 F forward, 8 F back, and the adapters' passes over inputs and output gradients.
     const double heads = double(c.NH + c.NKV) * c.HS, out = double(c.NH + 2 * c.NKV) * c.HS;
@@ -149,24 +171,71 @@ inline Error device_settings(const Options& o) {
     return {};
 }
 
+// Threads of this process: as asked, else its share of the machine's; 0: the device's own choice.
+inline int rank_threads(const Run& run) {
+    return run.o.threads > 0 ? run.o.threads : comm_threads(run.comm);
+}
+
+// fn on a device that is open and joined to the other ranks' devices; closes it.
+template <class Dev, class Fn>
+Error with_ranks(Run& run, Dev& dev, const Fn& fn) {
+    run.threads = dev.threads;
+    const std::string why = comm_attach(dev, run.comm);
+    Error e = why.empty() ? fn(dev) : runtime_failure("%s", why.c_str());
+    if (!e) {
+        comm_detach(dev);  // waits for the other ranks, which may not come after an error
+    }
+    device_close(dev);
+    return e;
+}
+
+// Ranks that have a usable card.
+inline int cards_of_ranks(const Run& run, int have) {
+    double sum = have;
+    if (ranks_of(run) != nullptr) {
+        comm_sum(run.comm, &sum, 1);
+    }
+    return int(sum);
+}
+
+// The tier that all ranks have: on different ones the same update would round differently.
+inline void tier_agree(const Run& run, Cpu<float>& dev) {
+    if (ranks_of(run) == nullptr) {
+        return;
+    }
+    const std::vector<std::string> tiers = comm_all_gather_text(run.comm, dev.isa->name);
+    for (const char* name : {"avx512", "avx2", "ref"}) {  // from the best down
+        if (std::find(tiers.begin(), tiers.end(), name) != tiers.end()) {
+            dev.isa = cpu_isa_choose(name);
+        }
+    }
+}
+
 #if HAVE_GPU
 // Runs fn on the card; *used is false when there is none and the CPU may do it instead.
 template <class X, class Fn>
 Error with_gpu(Run& run, bool* used, const Fn& fn) {
     Gpu<X> dev;
-    const std::string why = device_open(dev, run.o.threads);
-    *used = why.empty() || run.o.device == "cuda";
-    if (!why.empty() && *used) {
-        return bad_input("--device cuda: %s", why.c_str()).hinted("leave out --device to train on the CPU");
-    }
-    if (!why.empty()) {
+    const std::string why = device_open(dev, rank_threads(run), run.comm.local_rank, run.comm.local_size);
+    int have = why.empty();
+    const int of_all = cards_of_ranks(run, have);
+    *used = of_all > 0 || run.o.device == "cuda";
+    if (!*used) {
         console_fact(run.console, "no GPU is used: %s", why.c_str());
         return {};
     }
-    run.threads = dev.threads;
-    Error e = fn(dev);
-    device_close(dev);
-    return e;
+    Error e;
+    if (!have) {
+        e = bad_input("--device %s: %s", run.o.device.c_str(), why.c_str())
+                .hinted(of_all > 0 ? "other ranks have a GPU: start fewer ranks, or train on the CPU with --device cpu"
+                                   : "leave out --device to train on the CPU");
+    }
+    e = ranks_agree(run, e);
+    if (e) {
+        device_close(dev);
+        return e;
+    }
+    return with_ranks(run, dev, fn);
 }
 #endif
 
@@ -183,11 +252,16 @@ Error with_device(Run& run, const Fn& fn) {
     }
 #endif
     Cpu<float> dev;
-    device_open(dev, run.o.threads);
+    device_open(dev, rank_threads(run));
+    Error tier;
     if (dev.isa == nullptr) {
-        return bad_input("TRAIN_LLAMA_CPU names a tier that is unknown or that this processor lacks")
-            .hinted("unset it, or set it to ref, avx2 or avx512");
+        tier = bad_input("TRAIN_LLAMA_CPU names a tier that is unknown or that this processor lacks")
+                   .hinted("unset it, or set it to ref, avx2 or avx512");
     }
+    if (Error e = ranks_agree(run, tier)) {
+        return e;
+    }
+    tier_agree(run, dev);
     if (run.o.math == "bf16") {
         return bad_input("--math bf16: the CPU computes in fp32 only in this version").hinted("leave out --math");
     }
@@ -195,8 +269,5 @@ Error with_device(Run& run, const Fn& fn) {
         console_warn(run.console, "%s is a choice for GPUs and changes nothing here",
                      run.o.gemm != "auto" ? ("--gemm " + run.o.gemm).c_str() : "--paged-optimizer");
     }
-    run.threads = dev.threads;
-    Error ended = fn(dev);
-    device_close(dev);
-    return ended;
+    return with_ranks(run, dev, fn);
 }

@@ -8,9 +8,11 @@
 #include <utility>
 
 #include "kernels/cpu/parallel.h"
-#include "train_checkpoint.h"
+#include "train_forecast.h"
+#include "train_setup.h"
 
 static volatile sig_atomic_t stop_signal = 0;
+static bool speaks = true;  // rank 0
 
 extern "C" void on_signal(int number) {
     if (stop_signal != 0) {
@@ -18,7 +20,7 @@ extern "C" void on_signal(int number) {
     }
     stop_signal = number;
     const char text[] = "\n# stopping after this step, and saving; once more to stop at once, unsaved\n";
-    ssize_t ignored = write(STDERR_FILENO, text, sizeof(text) - 1);  // nothing else is safe in a handler
+    ssize_t ignored = speaks ? write(STDERR_FILENO, text, sizeof(text) - 1) : 0;  // nothing else is safe in a handler
     (void)ignored;
 }
 
@@ -58,32 +60,8 @@ static Json log_plan(const Plan& p) {
     j.set("event", "plan").set("weights_bytes", p.weights).set("adapter_bytes", p.adapter);
     j.set("optimizer_bytes", p.optimizer).set("activation_bytes", p.activations);  // the workspace goes by the threads
     j.set("pass_tokens", p.pass_tokens).set("recompute", recompute_text(p.recompute));
+    j.set("ranks", p.ranks).set("base_spread", p.spread);
     return j;
-}
-
-// Shows nothing when the settings were refused before there was a plan.
-template <class Dev>
-void plan_show(Run& run, const Dev& dev) {
-    const Plan& p = run.plan;
-    if (p.pass_tokens == 0) {
-        return;
-    }
-    std::vector<std::vector<std::string>> rows = {
-        {"memory plan", ""},
-        {"  base (" + p.base_text + (p.host_embed && !run.c.tied ? ", embedding on the host)" : ")"),
-         text_bytes(double(p.weights))},
-        {"  adapter and gradients (fp32)", text_bytes(double(p.adapter))},
-        {!p.paged ? "  optimizer moments (fp32)" : "  optimizer moments (fp32, on the host; two slabs)",
-         text_bytes(double(p.optimizer))},
-        {text_format("  activations (passes of %zu tokens, recompute %s)", p.pass_tokens,
-                     recompute_text(p.recompute).c_str()),
-         text_bytes(double(p.activations))}};
-    if (p.slots > 0) {
-        rows.push_back({"  weights of two linear groups restored", text_bytes(double(p.slots))});
-    }
-    rows.push_back({"  workspace", text_bytes(double(p.workspace + p.library))});
-    rows.push_back({"  together, of " + text_bytes(double(device_memory(dev))), text_bytes(double(p.total()))});
-    console_table(run.console, rows);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -94,21 +72,28 @@ template <class Dev>
 bool evaluate(Evaluation& e, Run& run, Llama<Dev>& m) {
     std::vector<size_t> all(run.val.size());
     std::iota(all.begin(), all.end(), size_t(0));
-    PassLoss sum;
+    const RankPasses passes = rank_passes(m, run.val, all, run.plan.pass_tokens, run.o.pack);
+    double loss = 0, labels = 0, correct = 0;
     Batch b;
-    for (const std::vector<size_t>& examples : passes_make(run.val, all, run.plan.pass_tokens, run.o.pack)) {
-        if (stop_signal != 0) {
+    for (size_t i = 0; i < passes.most; i++) {
+        if (stop_poll(run, stop_signal) != 0) {
             return false;
         }
-        batch_make(b, run.val, examples);
+        if (i >= passes.mine.size()) {
+            llama_idle(m, false, false);
+            continue;
+        }
+        batch_make(b, run.val, passes.mine[i]);
         PassLoss one = llama_loss(m, llama_forward(m, b, 0, 0), false, 1);
-        sum.loss += one.loss;
-        sum.labels += one.labels;
-        sum.correct += one.correct;
+        loss += one.loss;
+        labels += double(one.labels);
+        correct += double(one.correct);
     }
+    double sums[] = {loss, labels, correct};
+    host_sum(m.dev, sums, 3);
     e.step = run.step;
-    e.loss = sum.loss / double(sum.labels);
-    e.accuracy = double(sum.correct) / double(sum.labels);
+    e.loss = sums[0] / sums[1];
+    e.accuracy = sums[2] / sums[1];
     return true;
 }
 
@@ -171,7 +156,7 @@ static StepRates step_rates(const Run& run, int64_t s) {
 static void step_log(Run& run, const StepResult& r, double lr, double seconds, double eta) {
     const double rate = double(r.tokens) / seconds,
                  mfu = run.peak_gflops > 0 ? r.flops / seconds / 1e9 / run.peak_gflops : 0;
-    log_event(run.log, Json::object()
+    Json record = Json::object()
                            .set("event", "step")
                            .set("step", run.step)
                            .set("epoch", double(run.step) / double(run.steps_per_epoch))
@@ -182,7 +167,15 @@ static void step_log(Run& run, const StepResult& r, double lr, double seconds, d
                            .set("target_tokens", r.targets)
                            .set("ms", seconds * 1e3)
                            .set("tokens_per_s", rate)
-                           .set("mfu", mfu));
+                           .set("mfu", mfu);
+    if (r.rank_tokens.size() > 1) {
+        Json each = Json::array();
+        for (size_t n : r.rank_tokens) {
+            each.push(n);
+        }
+        record.set("rank_tokens", each);
+    }
+    log_event(run.log, record);
     console_live(run.console,
                  text_format("step %4lld/%lld | loss %.4f | norm %.3f | lr %.2e | %.0f tok/s | %4.1f%% mfu | eta %s",
                              (long long)run.step, (long long)run.steps, r.loss, r.grad_norm, lr, rate, 100 * mfu,
@@ -211,12 +204,15 @@ static bool is_due(const Run& run, int64_t every) {
 }
 
 // Saves when it is due or a signal came. An Error only for the end of the run: 128 + signal, or 1 when that save
-// failed.
+// failed or the ranks have drifted apart.
 template <class Dev>
 Error save_or_stop(Run& run, Llama<Dev>& m) {
-    const bool regular = is_due(run, run.o.save_every), stop = stop_signal != 0 && run.step < run.steps;
-    bool saved =
-        run.step == 0 || run.checkpoint.step == run.step || !(regular || stop) || checkpoint_try(run, m, regular);
+    if (Error e = drift_check(run, m.dev.comm != nullptr ? checksum(m.dev, m.adapter.p, m.adapter.size) : 0)) {
+        return e;
+    }
+    const bool regular = is_due(run, run.o.save_every), stop = stop_poll(run, stop_signal) != 0 && run.step < run.steps;
+    const bool none = run.step == 0 || run.checkpoint.step == run.step || !(regular || stop);
+    const bool saved = none || of_rank_0(run, run.comm.rank > 0 || checkpoint_try(run, m, regular));
     if (!stop) {
         return {};
     }
@@ -227,7 +223,7 @@ Error save_or_stop(Run& run, Llama<Dev>& m) {
                                (long long)run.step)
             .hinted("an earlier checkpoint may be there: " + run.program + " --resume -o " + run.dir);
     }
-    return Error{128 + stop_signal, "stopped by a signal after step " + std::to_string(run.step),
+    return Error{128 + run.stop, "stopped by a signal after step " + std::to_string(run.step),
                  "go on with: " + run.program + " --resume -o " + run.dir};
 }
 
@@ -241,7 +237,7 @@ Error train_loop(Run& run, Llama<Dev>& m) {
     const double started = seconds_now();
     const int64_t first = run.step;
     while (run.step < run.steps) {
-        if (Error e = stop_signal != 0 ? save_or_stop(run, m) : Error()) {
+        if (Error e = run.stop != 0 ? save_or_stop(run, m) : Error()) {
             return e;  // came during an evaluation
         }
         const int64_t s = run.step;
@@ -301,96 +297,10 @@ static void closing_table(Run& run, const std::string& hash, double seconds, con
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// setting up
-
-static Error model_open(Run& run) {
-    if (is_shape(run.o)) {
-        run.model_dir = run.o.model;
-        if (!run.o.inputs.empty() || !run.o.dump_data.empty()) {
-            return bad_input("-m %s takes no data: its weights are random", run.o.model.c_str())
-                .hinted("leave out -i and --dump-data, or give a model directory");
-        }
-        return llama_config_shape(run.c, run.o.model.substr(6));
-    }
-    run.model_dir = run.o.model.empty() ? default_model(run) : run.o.model;
-    Error read = llama_config_read(run.c, run.model_dir);
-    read = read ? read : bnb_layout_read(run.c, run.model_dir);
-    if (read) {
-        return read;
-    }
-    for (const std::string& w : run.c.warnings) {
-        console_warn(run.console, "%s", w.c_str());
-    }
-    char* real = realpath(run.model_dir.c_str(), nullptr);  // so that the adapter finds its base from any directory
-    run.base_name = real != nullptr ? real : run.model_dir;
-    free(real);
-    return {};
-}
-
-static Error text_open(Run& run) {
-    if (Error e = tokenizer_load(run.tokenizer, run.model_dir, run.c.V)) {
-        return e;
-    }
-    for (const std::string& w : run.tokenizer.warnings) {
-        console_warn(run.console, "%s", w.c_str());
-    }
-    const std::string& t = run.o.chat_template;
-    return chat_form_choose(run.form, run.tokenizer,
-                            t == "llama3"       ? Template::LLAMA3
-                            : t == "llama3-raw" ? Template::LLAMA3_RAW
-                            : t == "plain"      ? Template::PLAIN
-                                                : Template::AUTO);
-}
-
-// A model's rows for the control tokens of its chat template may never have been trained (base models): said, since
-// frozen embeddings stay as they are.
-template <class Dev>
-void untrained_rows_warning(Run& run, Llama<Dev>& m) {
-    auto norm = [&](size_t row) {
-        const int32_t token = int32_t(row);
-        std::vector<typename Dev::floatX> x(run.c.C);
-        device_to(m.dev, m.acts.tokens, &token, sizeof(token));
-        embedding_forward(m.dev, m.acts.resid, m.acts.tokens, m.w.embed, 1);
-        device_from(m.dev, x.data(), m.acts.resid, x.size() * sizeof(x[0]));
-        double sum = 0;
-        for (auto v : x) {
-            sum += double(to_float(v)) * double(to_float(v));
-        }
-        return std::sqrt(sum);
-    };
-    if (run.form.kind == ChatForm::PLAIN) {
-        return;
-    }
-    std::vector<double> sample;
-    for (size_t i = 0; i < std::min<size_t>(1000, run.c.V); i++) {
-        sample.push_back(norm(i * size_t(run.c.V) / std::min<size_t>(1000, run.c.V)));
-    }
-    std::nth_element(sample.begin(), sample.begin() + sample.size() / 2, sample.end());
-    const int ids[] = {run.form.header, run.form.header_end, run.form.eot};
-    for (int id : ids) {
-        if (id >= 0 && norm(id) < 0.25 * sample[sample.size() / 2]) {
-            console_warn(run.console,
-                         "the embedding of %s looks untrained (a base model?); it is frozen and will stay meaningless",
-                         printable(run.tokenizer.pieces[id]).c_str());
-        }
-    }
-}
-
-static void banner(Run& run, const std::string& device, int threads) {
-    console_fact(run.console, "train_llama %s on %s, %d threads", train_llama_version, device.c_str(), threads);
-    console_fact(run.console, "base %s: %s parameters, %d layers, hidden %d, %d/%d heads of %d, vocabulary %d%s",
-                 run.model_dir.c_str(), text_count(model_parameters(run.c)).c_str(), run.c.L, run.c.C, run.c.NH,
-                 run.c.NKV, run.c.HS, run.c.V, run.c.tied ? ", tied head" : "");
-    std::string targets;
-    for (int i = 0; i < MODULES; i++) {
-        targets += run.lora.target[i] ? std::string(targets.empty() ? "" : " ") + module_name[i] : "";
-    }
-    console_fact(run.console, "LoRA rank %d, scale %g, dropout %g on %s: %s parameters", run.lora.r, run.lora.scale(),
-                 double(run.lora.dropout), targets.c_str(), text_count(adapter_elements(run.c, run.lora)).c_str());
-}
+// a run
 
 template <class Dev>
-Error dry_run(Run& run, const Dev& dev) {
+Error dry_run(Run& run, const Dev& dev, const BaseOptions& base) {
     const Options& o = run.o;
     for (size_t i = 0; i < std::min<size_t>(3, run.train.size()); i++) {
         console_line(run.console, text_format("# example %zu (line %zu), targets marked:", i + 1, run.train.line[i]));
@@ -412,20 +322,13 @@ Error dry_run(Run& run, const Dev& dev) {
                  (long long)run.steps, (long long)run.steps_per_epoch, run.lr, (long long)run.warmup,
                  o.schedule.c_str());
     console_fact(run.console, "%s", speed_text(dev, run, plan_tokens_per_s(dev, run, b)).c_str());
+    std::vector<std::vector<size_t>> steps;
+    for (int64_t s = 0; s < std::min<int64_t>(run.steps_per_epoch, 50) && run.o.ranks > 0; s++) {
+        steps.push_back(step_examples(run, s));
+    }
+    forecast_show(run, dev, base, steps);
     console_fact(run.console, "dry run: nothing was trained, no run directory was made");
     return {};
-}
-
-// The longest example and the most tokens of a step, for the plan.
-static void data_extent(const Run& run, size_t* longest, size_t* most) {
-    *longest = std::max(run.train.longest, run.val.size() > 0 ? run.val.longest : 0);
-    std::vector<size_t> lengths;
-    for (size_t i = 0; i < run.train.size(); i++) {
-        lengths.push_back(run.train.length(i));
-    }
-    std::sort(lengths.rbegin(), lengths.rend());
-    lengths.resize(std::min(lengths.size(), size_t(run.o.batch)));
-    *most = std::max(*longest, std::accumulate(lengths.begin(), lengths.end(), size_t(0)));
 }
 
 static void signals_install() {
@@ -438,57 +341,6 @@ static void signals_install() {
             sigaction(number, &action, nullptr);
         }
     }
-}
-
-// The execution choices of a checkpoint are used again, unless this command line gives others.
-static void execution_restore(Run& run, const std::string& tier) {
-    const Json* x = run.checkpoint.state.find("execution");
-    if (x == nullptr) {
-        return;
-    }
-    const Json *recompute = x->find("recompute"), *then = x->find("tier"), *version = x->find("program"),
-               *gemm = x->find("gemm");
-    std::string changed;
-    if (!run.pass_tokens_given) {
-        run.plan.pass_tokens = size_t(state_number(*x, "pass_tokens"));
-    } else if (run.plan.pass_tokens != size_t(state_number(*x, "pass_tokens"))) {
-        changed = "passes of another length";
-    }
-    if (!run.recompute_given && recompute != nullptr) {
-        recompute_parse(run.plan.recompute, recompute->string, run.c.L);
-    }
-    if (gemm != nullptr && run.plan.gemm != gemm_parse(gemm->string)) {
-        changed = run.gemm_given ? "other matrix products (--gemm)" : changed;
-        run.plan.gemm = run.gemm_given ? run.plan.gemm : gemm_parse(gemm->string);
-    }
-    if (then != nullptr && then->string != tier) {
-        changed = "tier " + printable(then->string) + " then, " + tier + " now";
-    }
-    if (version != nullptr && version->string != train_llama_version) {
-        changed = "version " + printable(version->string) + " then, " + train_llama_version + " now";
-    }
-    if (!changed.empty()) {
-        console_warn(run.console, "%s: the same training, no longer the same bits", changed.c_str());
-    }
-}
-
-template <class Dev>
-Error base_open(Run& run, Llama<Dev>& m, const BaseOptions& base) {
-    const double t = seconds_now();
-    m.c = run.c;
-    if (is_shape(run.o)) {
-        llama_random(m, base);
-        return {};
-    }
-    std::vector<std::string> warnings;
-    if (Error e = llama_load(m, &run.base_hash, warnings, run.model_dir, base)) {
-        return e;
-    }
-    for (const std::string& w : warnings) {
-        console_warn(run.console, "%s", w.c_str());
-    }
-    console_fact(run.console, "base read in %.1f s", seconds_now() - t);
-    return {};
 }
 
 static std::string rejected_text(const Dataset& data) {
@@ -521,14 +373,8 @@ static bool is_complete(const Run& run) {
            tail.find(hash, last) != std::string::npos;
 }
 
-// The part of a run that writes: run.json, the log, the loop, the adapter.
-template <class Dev>
-Error run_files(Run& run, Llama<Dev>& m, uint64_t keep_log, const std::string& device, double setup) {
-    const double started = seconds_now();
-    console_fact(run.console, "run directory %s", run.dir.c_str());
-    console_fact(run.console, "%lld steps of up to %d examples, %lld an epoch; peak rate %.3g, warm-up %lld, %s",
-                 (long long)run.steps, run.o.batch, (long long)run.steps_per_epoch, run.lr, (long long)run.warmup,
-                 run.o.schedule.c_str());
+// On rank 0: run.json and the log, begun or gone on with.
+static Error run_files_open(Run& run, uint64_t keep_log, const std::string& device) {
     if (Error e = file_replace(path_join(run.dir, "run.json"), json_write(options_to_json(run.o), 2) + "\n")) {
         return e;
     }
@@ -540,20 +386,32 @@ Error run_files(Run& run, Llama<Dev>& m, uint64_t keep_log, const std::string& d
         log_event(run.log, log_data(run));
         log_event(run.log, log_plan(run.plan));
     }
-    if (!run.train.bad.empty() || !run.val.bad.empty()) {
-        if (Error e =
-                file_replace(path_join(run.dir, "rejected.jsonl"), rejected_text(run.train) + rejected_text(run.val))) {
-            return e;
-        }
+    return run.train.bad.empty() && run.val.bad.empty()
+               ? Error()
+               : file_replace(path_join(run.dir, "rejected.jsonl"), rejected_text(run.train) + rejected_text(run.val));
+}
+
+// The part of a run that writes: run.json, the log, the loop, the adapter.
+template <class Dev>
+Error run_files(Run& run, Llama<Dev>& m, uint64_t keep_log, const std::string& device, double setup) {
+    const double started = seconds_now();
+    console_fact(run.console, "run directory %s", run.dir.c_str());
+    console_fact(run.console, "%lld steps of up to %d examples, %lld an epoch; peak rate %.3g, warm-up %lld, %s",
+                 (long long)run.steps, run.o.batch, (long long)run.steps_per_epoch, run.lr, (long long)run.warmup,
+                 run.o.schedule.c_str());
+    if (Error e = on_rank_0(run, [&] { return run_files_open(run, keep_log, device); })) {
+        return e;
     }
     signals_install();
     if (Error e = train_loop(run, m)) {
         return e;
     }
     std::string hash;
-    if (Error e = adapter_write(run, m, &hash)) {
+    if (Error e = on_rank_0(run, [&] { return adapter_write(run, m, &hash); })) {
         log_event(run.log, Json::object().set("event", "end").set("reason", "error").set("steps", run.step));
-        return e.hinted("free space or mend the directory, then: " + run.program + " --resume -o " + run.dir);
+        return e.what.empty() ? e
+                              : e.hinted("free space or mend the directory, then: " + run.program + " --resume -o " +
+                                         run.dir);
     }
     log_event(run.log, Json::object()
                            .set("event", "end")
@@ -565,64 +423,11 @@ Error run_files(Run& run, Llama<Dev>& m, uint64_t keep_log, const std::string& d
     return {};
 }
 
-// Data, length and schedule, memory plan: all that a dry run shows. *longest: tokens of the longest example.
-template <class Dev>
-Error data_and_plan(Run& run, Dev& dev, const BaseOptions& base, size_t* longest) {
-    const Options& o = run.o;
-    if (Error e = data_read(run)) {
-        return e;
-    }
-    data_report(run);
-    if (Error e = schedule_settings(run)) {
-        return e;
-    }
-    size_t most;
-    data_extent(run, longest, &most);
-    plan_wishes(run);
-    Error e =
-        plan_choose(run.plan, dev, run.c, run.lora, base, *longest, most, o.pass_tokens, o.recompute, device_memory(dev));
-    if (run.checkpoint.step >= 0) {
-        const Plan chosen = run.plan;
-        execution_restore(run, device_tier(dev));
-        plan_fill(run.plan, dev, run.c, run.lora, base, *longest);
-        if (!e && plan_counted(dev, run.plan) >
-                      std::max(plan_counted(dev, chosen), plan_budget(dev, device_memory(dev)))) {
-            console_warn(run.console,
-                         "the checkpoint's passes of %zu tokens, recompute %s, do not fit here: the same training, no "
-                         "longer the same bits",
-                         run.plan.pass_tokens, recompute_text(run.plan.recompute).c_str());
-            run.plan = chosen;
-        }
-    }
-    plan_show(run, dev);
-    return e;
-}
-
-// Base, adapter and activations; a resumed run's state. *keep_log: bytes of the log that stay.
-template <class Dev>
-Error model_ready(Run& run, Llama<Dev>& m, const BaseOptions& base, size_t longest, uint64_t* keep_log) {
-    if (Error e = base_open(run, m, base)) {
-        return e;
-    }
-    llama_adapter_create(m, run.lora, run.plan.paged);
-    llama_activations_create(m, run.plan.pass_tokens, longest, run.plan.recompute, true);
-    untrained_rows_warning(run, m);
-    m.dropout_seed = run.o.seed;
-    *keep_log = 0;
-    if (run.checkpoint.step < 0 && run.o.init_adapter.empty()) {
-        llama_adapter_init(m, run.o.seed);
-        return {};
-    }
-    if (run.checkpoint.step < 0) {
-        return adapter_load(m, run.o.init_adapter);
-    }
-    Error e = state_restore(run, keep_log);
-    e = e ? e : checkpoint_restore(m, run.checkpoint);
-    if (!e) {
-        console_fact(run.console, "going on after step %lld of %lld (%s)", (long long)run.step, (long long)run.steps,
-                     run.checkpoint.path.c_str());
-    }
-    return e;
+// On rank 0: the run directory is there, this run's alone, on a disk with room.
+static Error run_directory_open(Run& run) {
+    Error e = run_directory_prepare(run.dir, run.model_dir, run.o.resume, run.o.overwrite);
+    e = e || run.lock.fd >= 0 ? e : run_lock(run.lock, run.dir);
+    return e ? e : checkpoint_preflight(run.dir, 3 * adapter_elements(run.c, run.lora) * 4);
 }
 
 // From data and model to the end of the run. The run directory is touched only once everything has been read.
@@ -632,34 +437,43 @@ Error train(Run& run, Dev& dev) {
     const double started = seconds_now();
     BaseOptions base = {o.quant == "nf4", o.double_quant, false};
     const std::string device = device_label(dev);
-    run.peak_gflops = device_peak_gflops(dev);
+    run.peak_gflops = peak_of_ranks(run, dev);
     banner(run, device, dev.threads);
     size_t longest;
     Error e = data_and_plan(run, dev, base, &longest);
     if (o.dry_run) {
-        return e ? e : dry_run(run, dev);
+        return e ? e : dry_run(run, dev, base);
     }
-    base.host_embed = run.plan.host_embed;
+    plan_base(base, run.plan);
     Llama<Dev> m;
     m.dev = std::exchange(dev, Dev());  // the model's from here on: llama_free closes it
     uint64_t keep_log;
-    e = e ? e : device_take(m.dev, run.plan);
+    e = ranks_agree(run, e);
+    e = e ? e : same_check(run, m.dev);
+    e = ranks_agree(run, e ? e : device_take(m.dev, run.plan));
     e = e ? e : model_ready(run, m, base, longest, &keep_log);
-    if (!e && is_complete(run)) {
+    if (!e && of_rank_0(run, is_complete(run))) {
         console_fact(run.console, "already complete: the adapter is in %s", run.dir.c_str());
     } else if (!e) {
-        e = run_directory_prepare(run.dir, run.model_dir, o.resume, o.overwrite);
-        e = e || run.lock.fd >= 0 ? e : run_lock(run.lock, run.dir);
-        e = e ? e : checkpoint_preflight(run.dir, 3 * adapter_elements(run.c, run.lora) * 4);
+        e = on_rank_0(run, [&] { return run_directory_open(run); });
         e = e ? e : run_files(run, m, keep_log, device, seconds_now() - started);
     }
     log_close(run.log);
+    if (!e) {
+        comm_detach(m.dev);
+    }
     llama_free(m);
     return e;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // --benchmark: timed steps on random tokens
+
+// Of a step on the rank that has most of them.
+static size_t random_tokens(const Run& run) {
+    const int ranks = run.o.ranks > 0 ? run.o.ranks : run.comm.size;
+    return run.max_tokens * size_t((run.o.batch + ranks - 1) / ranks);
+}
 
 static void benchmark_data(Run& run, int documents) {
     const size_t T = run.max_tokens;
@@ -678,11 +492,11 @@ template <class Dev>
 Error benchmark(Run& run, Dev& dev) {
     const Options& o = run.o;
     BaseOptions base = {o.quant == "nf4", o.double_quant, false};
-    run.peak_gflops = device_peak_gflops(dev);
+    run.peak_gflops = peak_of_ranks(run, dev);
     banner(run, device_label(dev), dev.threads);
     plan_wishes(run);
-    Error plan = plan_choose(run.plan, dev, run.c, run.lora, base, run.max_tokens, run.max_tokens * size_t(o.batch),
-                             o.pass_tokens, o.recompute, device_memory(dev));
+    Error plan = plan_choose(run.plan, dev, run.c, run.lora, base, run.max_tokens, random_tokens(run), o.pass_tokens,
+                             o.recompute, memory_of_ranks(run, dev));
     plan_show(run, dev);
     if (plan) {
         return plan;
@@ -691,10 +505,10 @@ Error benchmark(Run& run, Dev& dev) {
     Batch first;
     batch_make(first, run.train, passes_make(run.train, {0}, run.plan.pass_tokens, o.pack)[0]);
     console_fact(run.console, "%s", speed_text(dev, run, plan_tokens_per_s(dev, run, first)).c_str());
-    base.host_embed = run.plan.host_embed;
+    plan_base(base, run.plan);
     Llama<Dev> m;
     m.dev = std::exchange(dev, Dev());  // the model's from here on: llama_free closes it
-    Error e = device_take(m.dev, run.plan);
+    Error e = ranks_agree(run, device_take(m.dev, run.plan));
     e = e ? e : base_open(run, m, base);
     if (e) {
         llama_free(m);
@@ -727,7 +541,7 @@ Error benchmark(Run& run, Dev& dev) {
     device_sync(m.dev);  // the clocks of work still queued
     double total = std::accumulate(seconds.begin(), seconds.end(), 0.0);
     std::vector<std::vector<std::string>> rows = {{"time by op", "ms a step", "share"}};
-    for (int i = 0; i < OPS; i++) {
+    for (int i = 0; i < (m.dev.comm != nullptr ? OPS : OP_RANKS); i++) {
         rows.push_back({op_name[i], text_format("%.1f", m.op_seconds[i] / double(seconds.size()) * 1e3),
                         text_format("%.1f %%", 100 * m.op_seconds[i] / total)});
     }
@@ -740,6 +554,7 @@ Error benchmark(Run& run, Dev& dev) {
     console_fact(run.console, "achieved %.1f GFLOP/s, measured peak %.1f GFLOP/s: %.1f %%", achieved, peak,
                  100 * achieved / peak);
     printf("tokens_per_s: %.2f\n", double(r.tokens) / median);
+    comm_detach(m.dev);
     llama_free(m);
     return {};
 }
@@ -751,13 +566,12 @@ Error shape_plan(Run& run, Dev& dev) {
     if (!o.dry_run) {
         return bad_input("-m %s has random weights: it is for --dry-run and --benchmark N only", o.model.c_str());
     }
-    run.peak_gflops = device_peak_gflops(dev);
+    run.peak_gflops = peak_of_ranks(run, dev);
     banner(run, device_label(dev), dev.threads);
     BaseOptions base = {o.quant == "nf4", o.double_quant, false};
-    const size_t most = run.max_tokens * size_t(o.batch);
     plan_wishes(run);
-    Error e = plan_choose(run.plan, dev, run.c, run.lora, base, run.max_tokens, most, o.pass_tokens, o.recompute,
-                          device_memory(dev));
+    Error e = plan_choose(run.plan, dev, run.c, run.lora, base, run.max_tokens, random_tokens(run), o.pass_tokens,
+                          o.recompute, memory_of_ranks(run, dev));
     plan_show(run, dev);
     if (e && e.code != 1) {
         return e;
@@ -765,112 +579,18 @@ Error shape_plan(Run& run, Dev& dev) {
     if (e) {  // a plan is what was asked for; that it does not fit here is part of it
         console_warn(run.console, "%s", e.what.c_str());
     }
-    benchmark_data(run, 1);
+    benchmark_data(run, run.o.ranks > 0 ? run.o.batch : 1);
     Batch b;
     batch_make(b, run.train, {0});
     console_fact(run.console, "%s", speed_text(dev, run, plan_tokens_per_s(dev, run, b)).c_str());
+    std::vector<size_t> step(run.train.size());
+    std::iota(step.begin(), step.end(), size_t(0));
+    forecast_show(run, dev, base, {step});
     return {};
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // main
-
-// A launcher that starts several tasks would get as many copies of the same training.
-static Error launcher_check() {
-    for (const char* name : {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"}) {
-        const char* value = getenv(name);
-        if (value != nullptr && atoi(value) > 1) {
-            return bad_input("started by a launcher with %d tasks (%s), but this program is built without MPI",
-                             atoi(value), name)
-                .hinted("start it once, without mpirun or srun (training on many ranks is not part of this version)");
-        }
-    }
-    return {};
-}
-
-// The run directory's name; with --resume its settings where the command line gives none, and the checkpoint to go on
-// from.
-static Error directory_settings(Run& run) {
-    Options& o = run.o;
-    run.dir = o.output;
-    LoraConfig from = {};
-    from.r = o.rank;
-    if (run.dir.empty() && !o.init_adapter.empty()) {  // the rank in the name is the adapter's
-        if (Error e = adapter_config_read(from, o.init_adapter)) {
-            return e;
-        }
-    }
-    if (!o.resume) {
-        run.dir =
-            run.dir.empty() && !o.inputs.empty() ? run_directory_name(path_stem(o.inputs[0]), from.r, false) : run.dir;
-        return {};
-    }
-    run.pass_tokens_given = o.has("pass-tokens");
-    run.recompute_given = o.has("recompute");
-    run.gemm_given = o.has("gemm");
-    if (run.dir.empty()) {
-        run.dir = run_directory_name(path_stem(o.inputs[0]), from.r, true);
-        run.dir = run.dir.empty() ? run_directory_name(path_stem(o.inputs[0]), from.r, false) : run.dir;
-    }
-    std::string path = path_join(run.dir, "run.json");
-    if (path_exists(path)) {
-        Json j;
-        if (Error e = json_read_file(j, path)) {
-            return e;
-        }
-        if (Error e = options_take(o, j, path, true)) {
-            return e;
-        }
-    }
-    if (o.inputs.empty()) {
-        return bad_input("--resume: %s holds no run, and there is no -i to start one", run.dir.c_str());
-    }
-    if (!path_exists(run.dir)) {
-        console_fact(run.console, "no checkpoint in %s: starting afresh", run.dir.c_str());
-        return {};
-    }
-    if (Error e = o.dry_run ? Error() : run_lock(run.lock, run.dir)) {
-        return e;
-    }
-    std::vector<std::string> complaints;
-    Error e = checkpoint_newest(run.checkpoint, complaints, run.dir);
-    for (const std::string& c : complaints) {
-        console_warn(run.console, "%s", c.c_str());
-    }
-    if (!e && run.checkpoint.step < 0) {
-        console_fact(run.console, "no checkpoint in %s: starting afresh", run.dir.c_str());
-    }
-    return e;
-}
-
-static bool is_within(const std::string& path, const std::string& dir) {
-    char *a = realpath(path.c_str(), nullptr), *b = realpath(dir.c_str(), nullptr);
-    std::string inner = a ? a : "", outer = b ? b : "/nowhere";
-    free(a);
-    free(b);
-    return inner == outer || inner.rfind(outer + "/", 0) == 0;
-}
-
-// What must not be written over: an earlier run without leave, the model, the adapter started from, the data.
-static Error outputs_check(const Run& run) {
-    const Options& o = run.o;
-    if (!o.dump_data.empty()) {
-        for (const std::string& in : o.inputs) {
-            if (is_within(in, o.dump_data)) {
-                return bad_input("--dump-data %s is the input itself", o.dump_data.c_str()).hinted("give another file");
-            }
-        }
-    }
-    if (o.dry_run || o.benchmark > 0) {
-        return {};
-    }
-    if (o.overwrite && !o.init_adapter.empty() && is_within(o.init_adapter, run.dir)) {
-        return bad_input("--init-adapter %s lies in the run directory that --overwrite replaces",
-                         o.init_adapter.c_str())
-            .hinted("give another directory with -o");
-    }
-    return run.lock.fd >= 0 ? Error() : run_directory_check(run.dir, run.model_dir, o.resume, o.overwrite);
-}
 
 static Error program(Run& run, int argc, char** argv) {
     bool done = false;
@@ -879,17 +599,19 @@ static Error program(Run& run, int argc, char** argv) {
         return e;
     }
     console_open(run.console, run.o.quiet);
+    run.console.muted = !speaks;
+    run.console.terminal &= run.comm.state == nullptr;  // a launcher's is of its own making, whatever stands behind it
     run.program = argv[0];
     char exe[4096];
     ssize_t n = readlink("/proc/self/exe", exe, sizeof(exe) - 1);
     run.exe_dir = path_directory(n > 0 ? std::string(exe, size_t(n)) : std::string(argv[0]));
-    e = launcher_check();
-    e = e ? e : device_settings(run.o);
+    e = ranks_agree(run, device_settings(run.o));
     e = e ? e : directory_settings(run);
     e = e ? e : model_open(run);
     e = e ? e : lora_settings(run);
     e = e ? e : length_settings(run);
-    e = e ? e : outputs_check(run);
+    e = e || run.comm.rank > 0 ? e : outputs_check(run);
+    e = ranks_agree(run, e);
     if (e) {
         return e;
     }
@@ -900,7 +622,7 @@ static Error program(Run& run, int argc, char** argv) {
         if (is_shape(run.o)) {
             return shape_plan(run, dev);
         }
-        Error opened = text_open(run);
+        Error opened = ranks_agree(run, text_open(run));
         opened = opened ? opened : train(run, dev);
         tokenizer_free(run.tokenizer);
         return opened;
@@ -911,6 +633,13 @@ int main(int argc, char** argv) {
     wait_passively(argv);
     signal(SIGPIPE, SIG_IGN);  // a reader of our output that goes away must not end the training
     Run run;
+    const std::string why = comm_open(run.comm);
+    if (!why.empty()) {
+        return error_print(bad_input("%s", why.c_str()));
+    }
+    speaks = run.comm.rank == 0;
+    FILE* silent = speaks ? stdout : freopen("/dev/null", "w", stdout);  // what all would say, one says
+    (void)silent;
     Error e;
     try {
         e = program(run, argc, argv);
@@ -922,10 +651,5 @@ int main(int argc, char** argv) {
         run_unlock(run.lock);
         rmdir(run.dir.c_str());  // only succeeds when nothing was written there
     }
-    if (e.code >= 128) {  // stopped after saving: not an error of anyone's
-        console_fact(run.console, "%s", e.what.c_str());
-        console_fact(run.console, "%s", e.hint.c_str());
-        return e.code;
-    }
-    return e ? error_print(e) : 0;
+    return ranks_end(run, e);
 }

@@ -46,7 +46,10 @@ struct Run {
     int64_t order_epoch = -1;
     RunLog log;
     RunLock lock;
-    Checkpoint checkpoint;                                    // resumed from; step -1: none
+    Comm comm;
+    int stop = 0;  // the signal that all ranks know of
+    Checkpoint checkpoint;       // resumed from; step -1: none
+    LoraConfig checkpoint_lora;  // of its adapter
     bool pass_tokens_given = false, recompute_given = false, gemm_given = false;  // here, not by the run resumed
     // what a checkpoint carries beside tensors
     int64_t step = 0;  // steps done
@@ -118,9 +121,7 @@ inline Error lora_settings(Run& run) {
     run.lora.rslora = o.rslora;
     targets_parse(run.lora, o.targets);
     if (run.checkpoint.step >= 0) {  // holds what --init-adapter, if there was one, brought
-        if (Error e = adapter_config_read(run.lora, run.checkpoint.path)) {
-            return e;
-        }
+        run.lora = run.checkpoint_lora;
     } else if (!o.init_adapter.empty()) {
         LoraConfig wanted = run.lora;
         if (Error e = adapter_config_read(run.lora, o.init_adapter)) {
@@ -222,6 +223,11 @@ inline Error data_read(Run& run) {
     d.replace_bad_utf8 = o.bad_utf8 == "replace";
     d.max_line_bytes = size_t(o.max_line) << 20;
     d.threads = run.threads;
+    if (run.comm.state != nullptr) {
+        d.part = run.comm.rank;
+        d.parts = run.comm.size;
+        d.exchange = [&run](const std::string& mine) { return comm_all_gather_text(run.comm, mine); };
+    }
     if (Error e = dataset_load(run.train, o.inputs, run.tokenizer, d)) {
         return e;
     }

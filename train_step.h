@@ -3,6 +3,7 @@
 #pragma once
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -17,6 +18,8 @@ struct Plan {
     GemmPath gemm = GemmPath::AUTO;          // a GPU's
     bool host_embed = false, paged = false;  // embedding, optimizer moments in the host's memory beside a GPU
     std::string base_text;                   // NF4 with double quantisation, bf16, ...
+    int ranks = 1, local_ranks = 1;  // in all, and of those on a machine
+    bool spread = false;  // the base's layers over the ranks
     size_t weights = 0, adapter = 0, optimizer = 0, activations = 0, slots = 0, workspace = 0;  // bytes
     size_t library = 0;                                                                         // of cuBLASLt
 
@@ -103,6 +106,12 @@ Llama<Dev> plan_model(Dev& dev, const LlamaConfig& c, const LoraConfig& lora, co
     return m;
 }
 
+// What a plan decides of how the base is held.
+inline void plan_base(BaseOptions& base, const Plan& p) {
+    base.host_embed = p.host_embed;
+    base.spread = p.spread ? p.ranks : 0;
+}
+
 template <class X>
 size_t plan_library(const Cpu<X>&) {
     return 0;
@@ -117,11 +126,11 @@ template <class Dev>
 void plan_fill(Plan& p, Dev& dev, const LlamaConfig& c, const LoraConfig& lora, const BaseOptions& options,
                size_t longest) {
     BaseOptions base = options;
-    base.host_embed = p.host_embed;
+    plan_base(base, p);
     p.base_text = base.nf4 || c.bnb_nf4 ? base.double_quant ? "NF4, double quantisation" : "NF4"
                   : c.dtype.empty()     ? "16 bit"
                                         : c.dtype;
-    const BaseBytes<Dev> measured = base_measure(dev, c, base);
+    const BaseBytes measured = base_measure(dev, c, base);
     p.weights = measured.bytes;
     p.adapter = 2 * placed_bytes(adapter_elements(c, lora) * sizeof(typename Dev::real));
     p.optimizer = p.paged && moments_slab_bytes(dev) > 0 ? moments_slab_bytes(dev) : p.adapter;
@@ -129,7 +138,7 @@ void plan_fill(Plan& p, Dev& dev, const LlamaConfig& c, const LoraConfig& lora, 
                     2 * placed_bytes(longest * size_t(c.HS) / 2 * sizeof(typename Dev::real));
     Llama<Dev> m = plan_model(dev, c, lora, base);
     device_gemm(m.dev, p.gemm);
-    p.library = plan_library(dev);
+    p.library = plan_library(dev) + (p.ranks > 1 || dev.comm != nullptr ? comm_device_bytes(dev, p.ranks, p.local_ranks) : 0);
     p.slots = placed_bytes(llama_slot_bytes(m, p.pass_tokens));
     p.workspace = placed_bytes(std::max(llama_workspace_bytes(m, p.pass_tokens, longest), measured.load_workspace));
 }
@@ -194,9 +203,21 @@ size_t plan_longest_pass(const Gpu<X>&) {
     return 8192;
 }
 
+// With a spread base: how many tokens can be multiplied by a matrix while it comes from the other ranks, 0.52 bytes a
+// weight. GPU: 25 GB/s and 400 TFLOP/s, a fast card behind PCIe. CPU: 5 GB/s and 100 GFLOP/s.
+template <class X>
+double plan_gather_tokens(const Cpu<X>&) {
+    return 5;
+}
+template <class X>
+double plan_gather_tokens(const Gpu<X>&) {
+    return 4100;
+}
+
 // The time of a token in units of its forward matrix products: forward and input gradient; what is made again, as a
-// share of the forward products of the model at hand; the weights restored in each.
-inline double plan_cost(const Plan& p, const LlamaConfig& c, double restore_tokens) {
+// share of the forward products of the model at hand; the weights restored in each; those of a spread base that come
+// more slowly than they are used.
+inline double plan_cost(const Plan& p, const LlamaConfig& c, double restore_tokens, double gather_tokens) {
     double share[MODULES], all = 0;
     for (int m = 0; m < MODULES; m++) {
         share[m] = double(module_rows(c, m)) * module_cols(c, m);
@@ -207,7 +228,9 @@ inline double plan_cost(const Plan& p, const LlamaConfig& c, double restore_toke
     const double again = p.recompute.layers[int(Recompute::FFN)] * ffn +
                          p.recompute.layers[int(Recompute::ATTN)] * (ffn + qkv) +
                          p.recompute.layers[int(Recompute::FULL)] * (ffn + qkv + 2 * o);  // 2: attention beside o
-    return 2 + again / c.L + 2 * restore_tokens / double(p.pass_tokens);
+    const double N = double(p.pass_tokens), forward = N, backward = N * (1 + again / c.L);
+    const double waits = std::max(0.0, gather_tokens - forward) + std::max(0.0, gather_tokens - backward);
+    return 2 + again / c.L + 2 * restore_tokens / N + (p.spread ? waits / N : 0);
 }
 
 // Fills p for passes of p.pass_tokens: as many layers as fit keep everything, then as many of the rest as fit all but
@@ -290,7 +313,7 @@ Error plan_choose(Plan& p, Dev& dev, const LlamaConfig& c, const LoraConfig& lor
                 plan_fill(p, dev, c, lora, base, longest);
                 fit = plan_counted(dev, p) <= budget;
             }
-            const double cost = plan_cost(p, c, plan_restore_tokens(dev));
+            const double cost = plan_cost(p, c, plan_restore_tokens(dev), plan_gather_tokens(dev));
             if (fit && (best.pass_tokens == 0 || cost < least)) {
                 best = p;
                 least = cost;
@@ -329,15 +352,82 @@ struct StepResult {
     double grad_norm = 0;  // before clipping
     size_t tokens = 0, targets = 0;
     double flops = 0;
+    std::vector<size_t> rank_tokens;
     std::string bad;  // what is not finite: loss and gradient before the update (then there was none), or A and B after
 };
 
-// step counts from 1. The loss is divided by the targets of all passes together, known before the first of them.
+// The rank of each example: the longest first, each to the rank that has the fewest tokens so far (the first of equals).
+// LPT of Graham 1969: the fullest rank has at most 4/3 of the least possible.
+inline std::vector<int> deal(const std::vector<size_t>& lengths, int ranks) {
+    std::vector<size_t> by_length(lengths.size()), tokens(ranks, 0);
+    std::iota(by_length.begin(), by_length.end(), size_t(0));
+    std::stable_sort(by_length.begin(), by_length.end(), [&](size_t a, size_t b) { return lengths[a] > lengths[b]; });
+    std::vector<int> rank(lengths.size(), 0);
+    for (size_t i : by_length) {
+        rank[i] = int(std::min_element(tokens.begin(), tokens.end()) - tokens.begin());
+        tokens[rank[i]] += lengths[i];
+    }
+    return rank;
+}
+
+// Examples of a step, or of an evaluation, dealt to the ranks; each rank's in the order given.
+inline std::vector<std::vector<size_t>> examples_deal(const Dataset& data, const std::vector<size_t>& examples,
+                                                      int ranks) {
+    std::vector<size_t> lengths;
+    for (size_t i : examples) {
+        lengths.push_back(data.length(i));
+    }
+    const std::vector<int> rank = deal(lengths, ranks);
+    std::vector<std::vector<size_t>> dealt(ranks);
+    for (size_t i = 0; i < examples.size(); i++) {
+        dealt[rank[i]].push_back(examples[i]);
+    }
+    return dealt;
+}
+
+// This rank's passes of a step, and what it has to know of the others.
+struct RankPasses {
+    std::vector<std::vector<size_t>> mine;
+    size_t most = 0;             // passes of the rank that has most; every rank goes through as many
+    std::vector<size_t> tokens;  // of each rank
+};
+
+template <class Dev>
+RankPasses rank_passes(const Llama<Dev>& m, const Dataset& data, const std::vector<size_t>& examples,
+                       size_t pass_tokens, bool pack) {
+    RankPasses p;
+    const int ranks = m.dev.comm != nullptr ? m.dev.comm->size : 1, rank = m.dev.comm != nullptr ? m.dev.comm->rank : 0;
+    const std::vector<std::vector<size_t>> dealt = examples_deal(data, examples, ranks);
+    for (int r = 0; r < ranks; r++) {
+        p.tokens.push_back(0);
+        for (size_t i : dealt[r]) {
+            p.tokens[r] += data.length(i);
+        }
+        std::vector<std::vector<size_t>> passes = passes_make(data, dealt[r], pass_tokens, pack);
+        p.most = std::max(p.most, passes.size());
+        if (r == rank) {
+            p.mine = std::move(passes);
+        }
+    }
+    return p;
+}
+
+// x (n) = its sum over the ranks.
+template <class Dev>
+void host_sum(const Dev& dev, double* x, size_t n) {
+    if (dev.comm != nullptr) {
+        comm_sum(*dev.comm, x, n);
+    }
+}
+
+// step counts from 1. The loss is divided by the targets of all passes of all ranks together, known before the first of
+// them.
 template <class Dev>
 StepResult train_step(Llama<Dev>& m, const Dataset& data, const std::vector<size_t>& examples, size_t pass_tokens,
                       bool pack, int64_t step, const StepRates& rates) {
     StepResult r;
-    std::vector<std::vector<size_t>> passes = passes_make(data, examples, pass_tokens, pack);
+    const RankPasses passes = rank_passes(m, data, examples, pass_tokens, pack);
+    r.rank_tokens = passes.tokens;
     for (size_t i : examples) {
         r.tokens += data.length(i);
         r.targets +=
@@ -345,15 +435,27 @@ StepResult train_step(Llama<Dev>& m, const Dataset& data, const std::vector<size
     }
     llama_zero_gradients(m);
     Batch b;
-    for (const std::vector<size_t>& one : passes) {
-        batch_make(b, data, one);
+    const size_t rounds = std::max<size_t>(passes.most, 1);
+    for (size_t i = 0; i < rounds; i++) {
+        const bool last = i + 1 == rounds;
+        if (i >= passes.mine.size()) {
+            llama_idle(m, true, last);
+            continue;
+        }
+        batch_make(b, data, passes.mine[i]);
         Pass<Dev> p = llama_forward(m, b, uint32_t(step), float(m.adapter.lora.dropout));
         r.loss += llama_loss(m, p, true, 1 / double(r.targets)).loss;
-        llama_backward(m, p);
+        llama_backward(m, p, last);
         r.flops += pass_flops(m.c, m.adapter.lora, b);
     }
-    r.loss /= double(r.targets);
-    r.grad_norm = llama_gradient_norm(m);
+    llama_gradients_whole(m);
+    r.grad_norm = llama_gradient_norm(m);  // and the device has done all that was queued
+    // careful: the norm of rank 0 for all, since cards of different sizes add it up in different orders
+    double sums[] = {r.loss, r.flops, m.dev.comm == nullptr || m.dev.comm->rank == 0 ? r.grad_norm : 0};
+    host_sum(m.dev, sums, 3);
+    r.loss = sums[0] / double(r.targets);
+    r.flops = sums[1];
+    r.grad_norm = sums[2];
     if (!std::isfinite(r.loss) || !std::isfinite(r.grad_norm)) {
         std::string where = llama_first_nonfinite_gradient(m);
         r.bad = !std::isfinite(r.loss) ? "loss" : where.empty() ? "gradient norm" : "gradient of " + where;

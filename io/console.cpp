@@ -53,6 +53,9 @@ void console_fact(Console& console, const char* format, ...) {
 }
 
 void console_warn(Console& console, const char* format, ...) {
+    if (console.muted) {
+        return;
+    }
     va_list args;
     va_start(args, format);
     live_finish(console);

@@ -7,6 +7,7 @@
 
 struct Console {
     bool quiet = false;
+    bool muted = false;     // says nothing at all: a rank whose like is heard already
     bool terminal = false;  // stdout is one: the live line is redrawn in place, colours are used
     bool live = false;      // a live line stands unfinished
 };

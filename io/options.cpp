@@ -92,6 +92,7 @@ const Setting settings[] = {
     {"", 0, "recompute", "auto|none|ffn|attn|full", "activations made again instead of kept", &Options::recompute,
      FREE},
     {"", 0, "paged-optimizer", nullptr, "GPU: the optimizer's moments stay on the host", &Options::paged_optimizer, FREE},
+    {"", 0, "shard-base", nullptr, "many ranks: each holds a part of the NF4 base", &Options::shard_base, FREE},
     {"", 0, "pass-tokens", "N", "tokens in flight", &Options::pass_tokens, FREE, 1, 1 << 24, "by the memory plan"},
     {"", 0, "no-pack", nullptr, "one document a pass", &Options::pack, INVERTED | FREE},
 
@@ -106,6 +107,12 @@ const Setting settings[] = {
      PATH | NOT_SAVED, 0, 0, ""},
     {"", 0, "benchmark", "N", "time N steps on random tokens, write nothing", &Options::benchmark, NOT_SAVED, 1, MANY,
      "off"},
+    {"", 0, "ranks", "R", "with --dry-run: plan for R ranks like this one", &Options::ranks, NOT_SAVED, 1, 1 << 16,
+     "those that run"},
+    {"", 0, "link", "GB/s", "with --ranks: what a rank can send and receive", &Options::link, NOT_SAVED | OPEN_LOW, 0,
+     1e6},
+    {"", 0, "save-base", "DIR", "write the NF4 base as read, so that the next start is quick", &Options::save_base,
+     PATH | NOT_SAVED, 0, 0, "not written"},
     {"", 'q', "quiet", nullptr, "print warnings and errors only", &Options::quiet, FREE},
 };
 
@@ -453,7 +460,19 @@ Error check_complete(const Options& o) {
     if (!o.dump_data.empty() && !o.dry_run) {
         return bad_input("--dump-data needs --dry-run").hinted(usage(*find_setting("dump-data")));
     }
+    if (o.ranks > 0 && !o.dry_run) {
+        return bad_input("--ranks needs --dry-run: it plans for machines that are not there")
+            .hinted("to train on many ranks: mpirun -n " + std::to_string(o.ranks) + " ./train_llama ...");
+    }
+    if (o.has("link") && o.ranks == 0) {
+        return bad_input("--link needs --ranks").hinted(usage(*find_setting("link")));
+    }
     bool random_model = o.model.rfind("shape:", 0) == 0;
+    if (!o.save_base.empty() && (o.dry_run || o.benchmark > 0 || random_model || o.quant != "nf4")) {
+        return bad_input("--save-base needs a run that reads and quantises a base: no --dry-run, --benchmark, -m shape: or "
+                         "--quant none")
+            .hinted(usage(*find_setting("save-base")));
+    }
     if (o.inputs.empty() && !o.resume && o.benchmark == 0 && !random_model) {
         return bad_input("--input is missing: no training data")
             .hinted("train_llama -i data.jsonl -r 16; train_llama --help lists every option");

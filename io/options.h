@@ -44,15 +44,17 @@ struct Options {
     uint64_t seed = 1337;
     // execution
     int pass_tokens = 0;  // 0: by the memory plan
-    bool paged_optimizer = false;
+    bool paged_optimizer = false, shard_base = false;
     std::string device = "auto", math = "auto", gemm = "auto", recompute = "auto";
     int threads = 0;  // 0: all
     // the run
     int64_t eval_every = 0, save_every = 0;  // 0: once an epoch
     int64_t keep = 2;
     bool resume = false, overwrite = false, dry_run = false, quiet = false;
-    std::string dump_data;
+    std::string dump_data, save_base;
     int64_t benchmark = 0;
+    int ranks = 0;     // of the machines that a dry run plans for; 0: those that are here
+    double link = 25;  // GB/s between them
 
     std::vector<std::string> given;  // long names set by the command line or --config, in order
     bool has(const std::string& name) const;

@@ -6,10 +6,11 @@
 //   g = g grad_scale;  p = p (1 - lr wd);  m = m + (1 - beta1)(g - m);  v = v beta2 + (1 - beta2) g g
 //   p = p - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 //
-// Bytes an element: AdamW 28 (p, m, v read and written, g read), the finite check of p rides along; sum_squares and
-// first_nonfinite 4 (table k, row 11).
+// Bytes an element: AdamW 28 (p, m, v read and written, g read), the finite check of p rides along; sum_squares,
+// first_nonfinite and checksum 4 (table k, row 11).
 #pragma once
 #include "kernels/adamw.h"
+#include "kernels/checksum.h"
 #include "kernels/gpu.h"
 #include "kernels/vector.cuh"
 #include "kernels/workspace.cuh"
@@ -145,6 +146,35 @@ __global__ void nonfinite_kernel(const float* x, size_t n, unsigned long long* b
     }
 }
 
+// *sum += the terms of x (n), whole numbers, so the order of warps does not matter.
+template <int E>
+__global__ void checksum_kernel(unsigned long long* sum, const float* x, size_t n) {
+    const size_t step = size_t(gridDim.x) * blockDim.x * E;
+    unsigned long long own = 0;
+#pragma unroll 4
+    for (size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * E; i < n; i += step) {
+        if (i + E <= n) {
+            float v[E];
+            load(v, x + i);
+#pragma unroll
+            for (int k = 0; k < E; k++) {
+                own += checksum_term(i + size_t(k), __float_as_uint(v[k]));
+            }
+        } else {
+            for (size_t at = i; at < n; at++) {
+                own += checksum_term(at, __float_as_uint(x[at]));
+            }
+        }
+    }
+#pragma unroll
+    for (int o = 16; o > 0; o >>= 1) {
+        own += __shfl_xor_sync(ALL_LANES, own, o);
+    }
+    if (threadIdx.x % 32 == 0) {
+        atomicAdd(sum, own);
+    }
+}
+
 // ----------------------------------------------------------------------------
 // kernel launchers
 
@@ -221,4 +251,23 @@ size_t first_nonfinite(Gpu<X>& dev, const float* x, size_t n) {
         LAUNCH((nonfinite_kernel<1>), unsigned(sum_blocks(n)), SUM_THREADS, 0, dev.stream, x, n, behind);
     }
     return nonfinite_index(dev, behind, n);
+}
+
+// The checksum of x (n), as checksum.h has it. Workspace: optimizer_workspace.
+template <class X>
+uint64_t checksum(Gpu<X>& dev, const float* x, size_t n) {
+    if (n == 0) {
+        return 0;
+    }
+    Workspace w = workspace_of(dev);
+    unsigned long long* sum = workspace_take<unsigned long long>(w, 1);
+    device_zero(dev, sum, sizeof *sum);
+    if (vectors_fit(4, x, 0)) {
+        LAUNCH((checksum_kernel<4>), unsigned(sum_blocks(n)), SUM_THREADS, 0, dev.stream, sum, x, n);
+    } else {
+        LAUNCH((checksum_kernel<1>), unsigned(sum_blocks(n)), SUM_THREADS, 0, dev.stream, sum, x, n);
+    }
+    unsigned long long result = 0;
+    device_from(dev, &result, sum, sizeof result);
+    return result;
 }

@@ -1,7 +1,7 @@
 // Everything of CUDA that a kernel or launcher of this project uses, under one set of names: launches, shared memory,
 // tensor-core and asynchronous-copy instructions, conversions, checked calls. Compiled by nvcc it is the real thing; by any
 // other compiler it is the stand-in of dev/simt, which runs the same kernels on the CPU. No other file of kernels/ holds
-// assembly, or asks which of the two it is.
+// assembly, or asks which of the two it is. NCCL is here for the one file that asks for it (gpu_comm.cu).
 //
 //   LAUNCH((kernel<X, 4>), grid, block, shared_bytes, stream, arguments...)   the kernel is named, never a variable
 //   SHARED(float, sums, 32);             a static array of a block
@@ -19,9 +19,13 @@
 #ifdef __CUDACC__
 #include <cublasLt.h>
 #include <cuda_runtime.h>
+#ifdef CUDA_WITH_NCCL
+#include <nccl.h>
+#endif
 #else
 #include "dev/simt/cublaslt.h"
 #include "dev/simt/cuda.h"
+#include "dev/simt/nccl.h"
 #endif
 
 inline void cuda_check(cudaError_t e, const char* file, int line) {

@@ -35,6 +35,7 @@ using MatmulKey = std::array<uint64_t, 14>;
 // The 16-bit copy of the matrices of a linear group (linear.cuh). Two of them: one is read while the other is written.
 struct GpuSlot {
     const void* holds[3] = {};  // codes or elements of the group's matrices; holds[0] nullptr: nothing
+    uint32_t modules[3] = {};   // the numbers of its adapters: one place may hold one layer's weights, then another's
     size_t ld = 0;              // elements from row to row
     uint64_t used = 0;          // number of the last use or prefetch; the lower of the two is replaced
     cudaEvent_t ready = nullptr, released = nullptr;  // written, on the second stream; last read, on the first
@@ -96,10 +97,15 @@ inline void device_rates(GpuInfo& info, int number) {
     info.gbytes_per_s = 0.88 * 2 * double(memory_khz) * double(bits) / 8 * 1e-6;  // two transfers a clock
 }
 
-// Why the card of that number is of no use, or "".
-inline std::string device_refusal(int number, GpuInfo& info) {
+inline std::string device_capability(const GpuInfo& info) {
+    return std::to_string(info.arch / 10) + "." + std::to_string(info.arch % 10);
+}
+
+// Why the card of that number is of no use as far as it can be said without touching it, or "" and what it is. A
+// context would take a few hundred megabytes of it, which may be another rank's.
+inline std::string device_look(int number, GpuInfo& info) {
     cudaDeviceProp p;
-    cudaError_t e = cudaGetDeviceProperties(&p, number);
+    const cudaError_t e = cudaGetDeviceProperties(&p, number);
     if (e != cudaSuccess) {
         return std::string("the GPU does not answer: ") + cudaGetErrorString(e);
     }
@@ -110,11 +116,18 @@ inline std::string device_refusal(int number, GpuInfo& info) {
     info.l2_bytes = size_t(p.l2CacheSize);
     info.memory = p.totalGlobalMem;
     device_rates(info, number);
-    const std::string name = info.name, capability = std::to_string(p.major) + "." + std::to_string(p.minor);
-    if (p.major < 8) {
-        return name + " has compute capability " + capability + ", need 8.0 or newer (Ampere)";
+    return p.major < 8
+               ? info.name + (" has compute capability " + device_capability(info)) + ", need 8.0 or newer (Ampere)"
+               : "";
+}
+
+// The same of a card that is taken into use: it is this thread's from now on.
+inline std::string device_refusal(int number, GpuInfo& info) {
+    const std::string why = device_look(number, info), name = info.name;
+    if (!why.empty()) {
+        return why;
     }
-    e = cudaSetDevice(number);
+    cudaError_t e = cudaSetDevice(number);
     if (e == cudaSuccess) {
         e = cudaFree(nullptr);  // makes the context
     }
@@ -123,7 +136,7 @@ inline std::string device_refusal(int number, GpuInfo& info) {
     }
     cudaFuncAttributes attributes;
     if (cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(device_probe_kernel)) != cudaSuccess) {
-        return "this program holds no code for " + name + " (compute capability " + capability +
+        return "this program holds no code for " + name + " (compute capability " + device_capability(info) +
                "): build it with CUDA_ARCH=" + std::to_string(info.arch) + (info.arch == 90 ? "a" : "");
     }
     return "";
@@ -147,22 +160,47 @@ inline std::string device_count(int& count) {
     return e == cudaSuccess ? "" : std::string("the NVIDIA driver reports: ") + cudaGetErrorString(e);
 }
 
-template <class X>
-std::string device_open(Gpu<X>& dev, int threads) {
-    dev = Gpu<X>();
-    const int machine = int(std::thread::hardware_concurrency());
-    dev.threads = threads > 0 ? threads : machine > 0 ? machine : 1;
+// The first usable card becomes this thread's; with several ranks on this machine the local_rank-th, unless only one is
+// visible: the launcher then shows each rank its own, or comm_attach finds that they share it.
+inline std::string device_choose(GpuInfo& info, int local_rank, int local_size) {
     int count = 0;
-    std::string why = device_count(count), refused = why;
+    std::string why = device_count(count);
+    std::vector<int> usable;
     for (int i = 0; i < count; i++) {
-        refused = device_refusal(i, dev.info);
+        const std::string refused = device_look(i, info);
         if (refused.empty()) {
-            break;
+            usable.push_back(i);
+        } else {
+            why = why.empty() ? refused : why;
+        }
+    }
+    const int cards = int(usable.size());
+    if (cards > 1 && cards < local_size) {
+        return std::to_string(local_size) + " ranks on this machine, " + std::to_string(cards) +
+               " usable GPUs: start one rank a GPU (mpirun -n " + std::to_string(cards) +
+               "), or spread the ranks over more machines";
+    }
+    if (cards > 1 && local_size > 1) {
+        return device_refusal(usable[size_t(local_rank)], info);
+    }
+    for (int i : usable) {
+        const std::string refused = device_refusal(i, info);
+        if (refused.empty()) {
+            return "";
         }
         why = why.empty() ? refused : why;
     }
+    return why;
+}
+
+template <class X>
+std::string device_open(Gpu<X>& dev, int threads, int local_rank, int local_size) {
+    dev = Gpu<X>();
+    const int machine = int(std::thread::hardware_concurrency());
+    dev.threads = threads > 0 ? threads : machine > 0 ? machine : 1;
+    const std::string why = device_choose(dev.info, local_rank, local_size);
     cudaGetLastError();  // of a card that was refused: else the next checked launch would report it
-    if (!refused.empty()) {
+    if (!why.empty()) {
         return why;
     }
     dev.state = new GpuState;
@@ -188,6 +226,7 @@ void device_close(Gpu<X>& dev) {
         return;
     }
     GpuState& s = *dev.state;
+    comm_abandon(dev);
     device_sync(dev);
     paging_close(dev);
     CUBLAS_CHECK(cublasLtDestroy(s.lt));

@@ -19,6 +19,8 @@ struct RealOf<double> {
     using type = double;
 };
 
+struct Comm;  // kernels/comm.h
+
 template <class X>
 struct Cpu {
     using floatX = X;                       // of activations
@@ -31,6 +33,7 @@ struct Cpu {
     const CpuIsa* isa = nullptr;  // leaf kernels of the chosen tier
     char* workspace = nullptr;
     size_t workspace_bytes = 0;
+    const Comm* comm = nullptr;  // the ranks of this training; nullptr: this process alone
     double* clock = nullptr;  // what the time since clock_start is added to
     std::chrono::steady_clock::time_point clock_start;
 };

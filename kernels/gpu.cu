@@ -12,7 +12,7 @@
 #include "kernels/swiglu.cuh"
 
 #define INSTANTIATE_DEVICE(X)                                       \
-    template std::string device_open(Gpu<X>&, int);                 \
+    template std::string device_open(Gpu<X>&, int, int, int);       \
     template void device_close(Gpu<X>&);                            \
     template std::string device_arena(Gpu<X>&, size_t);             \
     template void* device_alloc(Gpu<X>&, size_t, const char*);      \
@@ -46,6 +46,7 @@
     template void moments_settle(Gpu<X>&);                                                                            \
     template void adamw_prefetch(Gpu<X>&, const float*, const float*, size_t);                                        \
     template size_t optimizer_workspace(const Gpu<X>&);                                                               \
+    template uint64_t checksum(Gpu<X>&, const float*, size_t);                                                        \
     template size_t adamw_update(Gpu<X>&, float*, float*, float*, const float*, size_t, const AdamW&);
 
 #define INSTANTIATE_PRODUCTS(X)                                                                                      \

@@ -13,6 +13,8 @@
 #include "kernels/types.h"
 
 struct CUstream_st;
+struct Comm;  // kernels/comm.h
+struct GpuComm;  // kernels/comm_nccl.cuh: NCCL's communicator, its stream, events
 struct GpuPaging;  // kernels/paged.cuh: page-locked memory of the host, streams and slabs for the optimizer's moments
 struct GpuState;  // kernels/device.cuh: Lt handle and plans, second stream, arena, dequantised matrices, timers
 
@@ -51,14 +53,17 @@ struct Gpu {
     GemmPath gemm = GemmPath::AUTO;
     GpuState* state = nullptr;
     GpuPaging* paging = nullptr;
+    const Comm* comm = nullptr;  // the ranks of this training; nullptr: this process alone
+    GpuComm* ranks = nullptr;
 };
 
 // ----------------------------------------------------------------------------
 // device.cuh
 
-// The first usable GPU. "" and *dev open, or why there is none.
+// The first usable GPU, or with several ranks on this machine the local_rank-th (the only one, when the launcher shows each
+// its own). "" and *dev open, or why there is none.
 template <class X>
-std::string device_open(Gpu<X>& dev, int threads);
+std::string device_open(Gpu<X>& dev, int threads, int local_rank = 0, int local_size = 1);
 template <class X>
 void device_close(Gpu<X>& dev);
 // Takes one piece of the card's memory; device_alloc and device_reserve then place in it. "" or why it is not to be had.
@@ -210,3 +215,40 @@ template <class X>
 size_t first_nonfinite(Gpu<X>& dev, const float* x, size_t n);
 template <class X>
 size_t adamw_update(Gpu<X>& dev, float* p, float* m, float* v, const float* g, size_t n, const AdamW& a);
+
+// A number that differs when the bits of x (n) do: the same for any order of addition, to find ranks that have drifted apart.
+template <class X>
+uint64_t checksum(Gpu<X>& dev, const float* x, size_t n);
+
+// ----------------------------------------------------------------------------
+// gpu_comm.cu: tensors over ranks, as comm.h has them. Without NCCL gpu_comm_none.cpp, where comm_attach says so.
+
+// Every rank calls it, after device_open, with its card. "" or the same text on every rank where two use one card; what NCCL
+// says may differ from rank to rank.
+template <class X>
+std::string comm_attach(Gpu<X>& dev, const Comm& comm);
+// Waits until every rank has called it, so it belongs on the way out on which all ranks are.
+template <class X>
+void comm_detach(Gpu<X>& dev);
+// What device_close does with ranks that are still attached: work under way is given up, and nobody is waited for.
+template <class X>
+void comm_abandon(Gpu<X>& dev);
+// What NCCL takes of the card's memory, estimated; after comm_attach.
+template <class X>
+size_t comm_device_bytes(const Gpu<X>& dev, int ranks, int local_ranks);
+template <class X>
+void comm_sum_begin(Gpu<X>& dev, float* x, size_t n);
+template <class X>
+void comm_sum_finish(Gpu<X>& dev);
+template <class X>
+size_t comm_sum_least(const Gpu<X>&) {
+    return size_t(4) << 20;  // 16 MB: a few of them cover the latency, the last is what nothing overlaps
+}
+template <class X>
+void comm_gather_begin(Gpu<X>& dev, int number, void* out, const void* slice, size_t bytes);
+template <class X>
+void comm_gather_finish(Gpu<X>& dev, int number);
+template <class X>
+void comm_broadcast_device(Gpu<X>& dev, void* p, size_t bytes, int root);
+template <class X>
+void comm_exchange_device(Gpu<X>& dev, const void* mine, void* const* from, size_t bytes);

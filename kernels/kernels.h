@@ -23,6 +23,7 @@
 // matrix_row            out (cols) =                       one row of a Matrix as the matmul sees it
 // sum_squares           returns double                     x (n)
 // first_nonfinite       returns index or n                 x (n)
+// checksum              returns 64 bits                   x (n), by its bits and their places
 // adamw_update          p, m, v in place, returns as first_nonfinite of p      g (n), rates
 // documents_place       the documents of a pass, as attention wants them
 // linear_prefetch       nothing that can be seen            group: the next one

@@ -23,7 +23,9 @@
 //               | W  (OC, C)  | B (OC, RP) |     rows ld = C + RP apart, ld a multiple of 8
 //               | A  (RP, C)  |            |
 //
-// There are two slots. W is frozen, so a slot stays good until another group wants it; the one used longest ago goes.
+// There are two slots. W is frozen, so a slot stays good until another group wants it; the one used longest ago goes. A
+// group is known by where its weights stand and by its adapters' numbers in the model: with sharded weights the layers
+// take turns in two buffers, so that the same place holds another layer's weights soon after.
 // linear_prefetch fills a slot on the second stream while the first one multiplies. Two events keep the order:
 // `released`, recorded after the last product that reads a slot, is waited for before it is overwritten aside; `ready`,
 // recorded after it was written aside, is waited for before it is read. A and B change every step and are written at
@@ -202,6 +204,10 @@ inline const void* linear_weight(const LinearGroup<float>& g, int p) {
     return p >= g.parts ? nullptr : w.store == Store::NF4 ? static_cast<const void*>(w.codes) : w.data;
 }
 
+inline uint32_t linear_module(const LinearGroup<float>& g, int p) {
+    return p >= g.parts ? 0 : g.part[p].module;
+}
+
 template <class X>
 X* linear_slot_memory(const GpuState& s, const GpuSlot& slot) {
     return reinterpret_cast<X*>(s.slot_memory + size_t(&slot - s.slots) * s.slot_bytes);
@@ -216,7 +222,7 @@ GpuSlot& linear_slot(Gpu<X>& dev, const LinearGroup<float>& g, bool aside) {
     for (GpuSlot& have : s.slots) {
         bool same = have.ld == ld;
         for (int p = 0; p < 3; p++) {
-            same &= have.holds[p] == linear_weight(g, p);
+            same &= have.holds[p] == linear_weight(g, p) && have.modules[p] == linear_module(g, p);
         }
         slot = same ? &have : slot;
     }
@@ -240,6 +246,7 @@ GpuSlot& linear_slot(Gpu<X>& dev, const LinearGroup<float>& g, bool aside) {
     X* out = linear_slot_memory<X>(s, *slot);
     for (int p = 0; p < 3; p++) {
         slot->holds[p] = linear_weight(g, p);
+        slot->modules[p] = linear_module(g, p);
         if (p < g.parts) {
             matrix_to_scratch(dev, stream, out, ld, g.part[p].w);
             out += size_t(g.part[p].w.rows) * ld;

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # probe.sh FILE: what compiler and libraries can do, by compiling a few lines. Writes the answers as make variables to
 # FILE, prints one line for each, and stops with the install commands when something required is missing. Settings come
-# from the environment (CXX, CPPFLAGS, CXXFLAGS, LDFLAGS, NVCC, NVCCFLAGS, OPENMP, CUDA_ARCH, config, CONFIG_FLAGS).
+# from the environment (CXX, CPPFLAGS, CXXFLAGS, LDFLAGS, NVCC, NVCCFLAGS, OPENMP, MPICXX, NCCL, CUDA_ARCH, config,
+# CONFIG_FLAGS); SETTINGS is what the Makefile compares.
 set -u
 out=$1
 mkdir -p "$(dirname "$out")"
@@ -40,7 +41,7 @@ else
     fi
 fi
 
-have_openmp="" base_arch="" have_cuda="" gpu_code="" cuda_libraries=""
+have_openmp="" base_arch="" have_cuda="" have_nccl="" gpu_code="" cuda_libraries=""
 if [ $missing = 0 ]; then
     if [ -z "$OPENMP" ]; then
         no "OpenMP: switched off, one thread"
@@ -94,7 +95,69 @@ if [ $missing = 1 ]; then
     exit 1
 fi
 
-# Prints how nvcc links: its library folders, and cuBLASLt's once more for the program, so that it is found when it runs.
+# MPI: what its compiler wrapper adds to a command, without its C++ bindings, which nothing here uses. An rpath joins
+# where the program does not find the library by itself (checked without LD_LIBRARY_PATH, which the next shell may not
+# have).
+have_mpi="" mpi_cflags="" mpi_libraries="" mpirun=""
+mpi_hint="apt install libopenmpi-dev openmpi-bin, dnf install openmpi-devel, conda install openmpi"
+mpi_program='#include <mpi.h>
+    #include <cstdio>
+    int main(int argc, char**) {
+        char text[MPI_MAX_LIBRARY_VERSION_STRING] = "";
+        int n = 0;
+        if (argc > 1) { MPI_Init(nullptr, nullptr); }
+        MPI_Get_library_version(text, &n);
+        puts(text); }'
+mpi_flags() {  # sets mpi_cflags, mpi_libraries, folders from the wrapper's command
+    local word take=""
+    mpi_cflags="-DOMPI_SKIP_MPICXX -DMPICH_SKIP_MPICXX" mpi_libraries="" folders=""
+    for word in $("$MPICXX" -show 2>/dev/null); do
+        if [ -n "$take" ]; then
+            word=$take$word take=""
+        fi
+        case $word in
+            -I | -L | -l | -D) take=$word ;;
+            -I* | -D*) mpi_cflags="$mpi_cflags $word" ;;
+            -lmpi_cxx | -lmpichcxx | -lmpicxx | -lmpi++) ;;
+            -L*) mpi_libraries="$mpi_libraries $word" folders="$folders ${word#-L}" ;;
+            -l* | -Wl,*) mpi_libraries="$mpi_libraries $word" ;;
+        esac
+    done
+}
+mpi_says() { env "$@" ASAN_OPTIONS=detect_leaks=0 "$work/probe" 2>/dev/null | head -1; }
+if [ -z "${MPICXX:-}" ]; then
+    no "MPI: switched off, one process"
+elif ! command -v "$MPICXX" >/dev/null; then
+    no "MPI: no $MPICXX, one process ($mpi_hint)"
+else
+    mpi_flags
+    version=""
+    if builds "$mpi_program" "$mpi_cflags $mpi_libraries"; then
+        version=$(mpi_says -u LD_LIBRARY_PATH)
+        if [ -z "$version" ]; then
+            for folder in $folders; do
+                mpi_libraries="$mpi_libraries -Wl,-rpath,$folder"
+            done
+            builds "$mpi_program" "$mpi_cflags $mpi_libraries" && version=$(mpi_says)
+        fi
+    fi
+    version=${version%%,*}
+    if [ -n "$version" ]; then
+        have_mpi=1
+        ok "MPI: $MPICXX, ${version//[[:space:]]/ }"
+        # Its mpirun lies beside it, with the same ending.
+        mpirun=$(command -v "$MPICXX" | sed -E 's,/mpi(cxx|c\+\+|CC)([^/]*)$,/mpirun\2,')
+        [ "$mpirun" != "$(command -v "$MPICXX")" ] && [ -x "$mpirun" ] || mpirun=mpirun
+    else
+        no "MPI: $MPICXX is there, but a program cannot be built with what it adds, so this build is one process:"
+        grep -m 2 -iE 'error|cannot' "$work/log" | sed 's/^/      /'
+        echo "      $mpi_hint"
+        mpi_cflags="" mpi_libraries=""
+    fi
+fi
+
+# Prints how nvcc links: its library folders, and those of cuBLASLt and NCCL once more for the program, so that they are
+# found when it runs.
 cuda_links() {
     local folder folders
     folders=$("$NVCC" -dryrun "$work/probe.cu" 2>&1 | sed -n 's/^#\$ LIBRARIES=//p' | tr -d '"')
@@ -102,7 +165,7 @@ cuda_links() {
         folder=$(cd "${folder#-L}" 2>/dev/null && pwd) || continue
         case $folder in */stubs) continue ;; esac
         printf -- '-L%s ' "$folder"
-        if [ -e "$folder/libcublasLt.so" ]; then
+        if [ -e "$folder/libcublasLt.so" ] || [ -e "$folder/libnccl.so" ]; then
             printf -- '-Wl,-rpath,%s ' "$folder"
         fi
     done
@@ -149,6 +212,20 @@ else
         >"$work/log" 2>&1; then
         have_cuda=1
         ok "CUDA: $NVCC $release with cuBLASLt, sm_${archs// / sm_} ($why)"
+        printf '%s\n' '#include <nccl.h>' 'int main() {
+            ncclUniqueId id;
+            return ncclGetUniqueId(&id); }' >"$work/probe.cu"
+        if [ -z "$NCCL" ]; then
+            no "NCCL: switched off, GPUs train alone"
+        elif compile_cu && eval "$CXX $CONFIG_FLAGS $CXXFLAGS '$work/probe.o' $LDFLAGS -lnccl $cuda_libraries" \
+            "-o '$work/probe'" >"$work/log" 2>&1; then
+            have_nccl=1
+            cuda_libraries="-lnccl $cuda_libraries"
+            ok "NCCL"
+        else
+            no "NCCL: not found, GPUs train alone (apt install libnccl-dev libnccl2, dnf install libnccl-devel," \
+                "conda install nccl)"
+        fi
     else
         v=${release/./-}
         no "CUDA: $NVCC $release is there, cuBLASLt is not, so this build is for the CPU alone:"
@@ -164,8 +241,13 @@ quote() { printf '%s' "$1" | sed 's/#/\\#/g; s/\$/$$/g'; }
     echo "# Written by scripts/probe.sh; remove it to probe again."
     echo "HAVE_OPENMP := $have_openmp"
     echo "BASE_ARCH := $base_arch"
+    echo "HAVE_MPI := $have_mpi"
+    echo "MPI_CFLAGS := $mpi_cflags"
+    echo "MPI_LIBRARIES :=$mpi_libraries"
+    echo "MPIRUN := $mpirun"
     echo "HAVE_CUDA := $have_cuda"
     echo "GPU_CODE :=$gpu_code"
+    echo "HAVE_NCCL := $have_nccl"
     echo "CUDA_LIBRARIES := $cuda_libraries"
-    echo "PROBED := $(quote "$CXX|$CPPFLAGS|$CXXFLAGS|$LDFLAGS|$NVCC|$NVCCFLAGS|$OPENMP|$CUDA_ARCH|$config")"
+    echo "PROBED := $(quote "$SETTINGS")"
 } >"$out"

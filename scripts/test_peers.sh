@@ -38,4 +38,5 @@ sed 's/^/  /' scripts/requirements.txt
 ${MAKE:-make} -s train_llama tools || { echo "0 passed, 1 failed"; exit 1; }
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 exec scripts/tally.sh "$python scripts/dump_reference.py --check" "$python scripts/check_nf4.py" \
-    "$python scripts/check_tokenizer.py" "$python scripts/check_training.py" "$python scripts/check_bf16.py"
+    "$python scripts/check_tokenizer.py" "$python scripts/check_training.py" "$python scripts/check_bf16.py" \
+    "$python scripts/check_saved_base.py"

@@ -1,8 +1,9 @@
 // Reading: files to examples, with the check of every line. See dataset.h; records.cpp has the rules of one record,
-// report.cpp what is shown of the result, pack.cpp the passes.
+// report.cpp what is shown of the result, pack.cpp the passes, parts.cpp how several processes share the work.
 //
 // Lines are taken in portions of a few MB. The records of a portion are parsed and tokenised in parallel, each into
-// an Item of its own, and then put into the data set in file order: the result does not depend on the threads.
+// an Item of its own, and then put into the data set in file order: the result does not depend on the threads, nor on
+// the number of processes.
 #include "tokenizer/dataset.h"
 
 #include <algorithm>
@@ -13,33 +14,19 @@
 #include "io/json.h"
 #include "tokenizer/chat.h"
 #include "tokenizer/lines.h"
+#include "tokenizer/parts.h"
 #include "tokenizer/records.h"
 
-static const size_t PORTION_BYTES = size_t(4) << 20, PORTION_LINES = 4096;
-static const size_t LISTED = 20;  // bad lines in an Error
-static const size_t NAMED = 10;   // line numbers in a warning
-static const size_t ROWS = 20;    // reasons, and keys that play no part
+static const size_t PORTION_BYTES = size_t(4) << 20, PORTION_LINES = 4096;  // for each part, ...
+static const size_t PORTION_PARTS = 16;  // ... of at most so many: every part keeps the text of all
+static const size_t LISTED = 20;         // bad lines in an Error
+static const size_t NAMED = 10;          // line numbers in a warning
+static const size_t ROWS = 20;           // reasons, and keys that play no part
 static const char UTF8_HINT[] = "save as UTF-8, or --bad-utf8 replace puts U+FFFD there";
 
 static std::string shown(const std::string& path) {
     return printable(path, 4096);
 }
-
-// A record on its way. In: a line of a file, or an element of a file that is one array.
-struct Item {
-    Line line;
-    const Json* element = nullptr;
-
-    Error bad;           // what is wrong with it, without the place
-    size_t column = 0;   // of bad, 0: none
-    bool fatal = false;  // bad concerns the whole run, not this line
-    RecordFormat format = TEXT_ONLY;
-    std::vector<int32_t> ids;
-    std::vector<uint8_t> targets;
-    std::vector<std::string> unused;
-    size_t controls = 0;  // control tokens spelt in text that is kept as text
-    bool cut = false, bos_spelt = false, mended = false;
-};
 
 // Line numbers of a warning, the first few by name.
 struct Places {
@@ -63,6 +50,7 @@ struct Loader {
     Dataset& data;
     const Tokenizer& t;
     const DataOptions& options;
+    void* hash;
     int file = 0;
     bool array = false;
     Places controls, bos_spelt, mended;  // of the present file
@@ -309,14 +297,26 @@ static Error absorb(Loader& load, Item& item) {
     return {};
 }
 
+static size_t portion_parts(const DataOptions& options) {
+    return std::min(size_t(options.parts), PORTION_PARTS);
+}
+
 static Error run_portion(Loader& load, std::vector<Item>& items) {
     const Tokenizer& t = load.t;
     const DataOptions& options = load.options;
     int threads = std::max(1, options.threads);
     (void)threads;  // without OpenMP
+    std::vector<size_t> bounds = parts_deal(items, options.parts);
+    const size_t begin = bounds[size_t(options.part)], end = bounds[size_t(options.part) + 1];
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-    for (size_t i = 0; i < items.size(); i++) {
+    for (size_t i = begin; i < end; i++) {
         process(items[i], t, options);
+    }
+    if (options.parts > 1) {
+        std::string round = std::to_string(items.size()) + " records to " + hash_so_far(load.hash);
+        if (Error e = parts_exchange(items, bounds, options, round, load.data.files[size_t(load.file)])) {
+            return e;
+        }
     }
     for (Item& item : items) {
         if (Error e = absorb(load, item)) {
@@ -329,14 +329,17 @@ static Error run_portion(Loader& load, std::vector<Item>& items) {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // one file
+//
+// With several parts every file ends with a portion, an empty one if need be: there they see that they read the same.
 
 static Error load_lines(Loader& load, LineReader& reader) {
+    const size_t parts = portion_parts(load.options);
     std::vector<Item> items;
     size_t bytes = 0;
     for (bool more = true; more;) {
         Item item;
         if (Error e = lines_next(reader, item.line, &more, load.options.max_line_bytes)) {
-            return e;
+            return parts_failed(load.options, e);
         }
         bool blank = item.line.text.find_first_not_of(" \t\r") == std::string::npos;
         if (more && blank && item.line.bytes == item.line.text.size()) {
@@ -347,7 +350,7 @@ static Error load_lines(Loader& load, LineReader& reader) {
             bytes += item.line.text.size();
             items.push_back(std::move(item));
         }
-        if (bytes >= PORTION_BYTES || items.size() >= PORTION_LINES || !more) {
+        if (bytes >= PORTION_BYTES * parts || items.size() >= PORTION_LINES * parts || !more) {
             if (Error e = run_portion(load, items)) {
                 return e;
             }
@@ -357,7 +360,7 @@ static Error load_lines(Loader& load, LineReader& reader) {
     return {};
 }
 
-static Error load_array(Loader& load, LineReader& reader) {
+static Error parse_array(Loader& load, LineReader& reader, Json& array) {
     std::string text;
     if (Error e = lines_rest(reader, text)) {
         return e;
@@ -371,23 +374,33 @@ static Error load_array(Loader& load, LineReader& reader) {
     }
     JsonLimits limits;
     limits.replace_surrogates = load.options.replace_bad_utf8;
-    Json array;
     if (Error e = json_parse(array, text.data(), text.size(), reader.file.path, limits)) {
         std::string hint = valid ? e.hint : UTF8_HINT;
         return e.hinted("a file that begins with [ is read as one JSON array" + (hint.empty() ? "" : "; " + hint));
     }
-    text = std::string();
     load.data.notes.push_back(shown(reader.file.path) + ": read as one JSON array, its elements as the records");
+    return {};
+}
+
+// The array is parsed by every part; its elements are dealt.
+static Error load_array(Loader& load, LineReader& reader) {
+    Json array;
+    if (Error e = parse_array(load, reader, array)) {
+        return parts_failed(load.options, e);
+    }
+    const size_t lines = PORTION_LINES * portion_parts(load.options);
     std::vector<Item> items;
-    for (size_t i = 0; i < array.items.size(); i++) {
-        Item item;
-        item.element = &array.items[i];
-        item.line.number = i + 1;
-        items.push_back(std::move(item));
-        if (items.size() >= PORTION_LINES || i + 1 == array.items.size()) {
+    for (size_t i = 0; i <= array.items.size(); i++) {
+        if (items.size() >= lines || i == array.items.size()) {
             if (Error e = run_portion(load, items)) {
                 return e;
             }
+        }
+        if (i < array.items.size()) {
+            Item item;
+            item.element = &array.items[i];
+            item.line.number = i + 1;
+            items.push_back(std::move(item));
         }
     }
     return {};
@@ -411,10 +424,10 @@ static void warn_of_file(Loader& load) {
     load.controls = load.bos_spelt = load.mended = Places();
 }
 
-static Error load_file(Loader& load, const std::string& path, void* hash) {
+static Error load_file(Loader& load, const std::string& path) {
     LineReader reader;
-    if (Error e = lines_open(reader, path, hash)) {
-        return e;
+    if (Error e = lines_open(reader, path, load.hash)) {
+        return parts_failed(load.options, e);
     }
     load.array = reader.array;
     load.records = 0;
@@ -467,11 +480,11 @@ static Error bad_lines(const Loader& load) {
     return e;
 }
 
-static Error load_files(Loader& load, void* hash) {
+static Error load_files(Loader& load) {
     Dataset& data = load.data;
     for (size_t f = 0; f < data.files.size(); f++) {
         load.file = int(f);
-        if (Error e = load_file(load, data.files[f], hash)) {
+        if (Error e = load_file(load, data.files[f])) {
             return e;
         }
     }
@@ -509,10 +522,9 @@ Error dataset_load(Dataset& data, const std::vector<std::string>& files, const T
     if (Error e = record_format_check(options.format)) {
         return e;
     }
-    Loader load{data, t, options, 0, false, {}, {}, {}, 0, {}, "", {}, {}};
-    void* hash = hash_begin();
-    Error e = load_files(load, hash);
-    std::string digest = hash_finish(hash);
+    Loader load{data, t, options, hash_begin(), 0, false, {}, {}, {}, 0, {}, "", {}, {}};
+    Error e = load_files(load);
+    std::string digest = hash_finish(load.hash);
     if (e) {
         data = Dataset();
         return e;

@@ -8,6 +8,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -37,6 +38,12 @@ struct DataOptions {
     bool replace_bad_utf8 = false;
     size_t max_line_bytes = size_t(256) << 20;
     int threads = 1;
+    // One of several processes that read the same files with the same options; each gets the whole data set (parts.h).
+    // exchange returns the text of every part, in order. All parts call it equally often, however the reading ends,
+    // from the thread that called dataset_load.
+    int part = 0, parts = 1;
+    std::function<std::vector<std::string>(const std::string& mine)> exchange;
+    size_t exchange_bytes = size_t(64) << 20;  // longer texts go in several pieces
 };
 
 struct RejectedLine {
@@ -72,6 +79,8 @@ struct Dataset {
 
 // Reads, checks and tokenises every line of every file. Without skip_bad the first 20 bad lines are listed in one
 // Error, `file:line: reason` each, with the count of the rest. No example left: an error with the table of reasons.
+// Several parts get the same data set or the same Error, whatever their number; but where a file cannot be read by some
+// of them, only those say why, and the others return an Error with that code and an empty `what`.
 Error dataset_load(Dataset& data, const std::vector<std::string>& files, const Tokenizer& t,
                    const DataOptions& options);
 // Moves the examples named (ascending, without repeats, not all) from train into val, with the report's numbers. Which

@@ -21,15 +21,23 @@ void* hash_begin() {
     return hash;
 }
 
-std::string hash_finish(void* hash) {
+std::string hash_so_far(void* hash) {
     unsigned char digest[32];
-    EVP_DigestFinal_ex(static_cast<EVP_MD_CTX*>(hash), digest, nullptr);
-    EVP_MD_CTX_free(static_cast<EVP_MD_CTX*>(hash));
+    EVP_MD_CTX* copy = EVP_MD_CTX_new();
+    EVP_MD_CTX_copy_ex(copy, static_cast<EVP_MD_CTX*>(hash));
+    EVP_DigestFinal_ex(copy, digest, nullptr);
+    EVP_MD_CTX_free(copy);
     std::string hex;
     for (unsigned char byte : digest) {
         hex += "0123456789abcdef"[byte >> 4];
         hex += "0123456789abcdef"[byte & 15];
     }
+    return hex;
+}
+
+std::string hash_finish(void* hash) {
+    std::string hex = hash_so_far(hash);
+    EVP_MD_CTX_free(static_cast<EVP_MD_CTX*>(hash));
     return hex;
 }
 

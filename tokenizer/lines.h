@@ -26,8 +26,9 @@ struct Line {
     bool last = false;   // the last line, which has no end of line
 };
 
-// sha256 over everything that is read. hash_finish frees it and returns 64 hex digits.
+// sha256 over everything that is read, as 64 hex digits. hash_finish frees it.
 void* hash_begin();
+std::string hash_so_far(void* hash);
 std::string hash_finish(void* hash);
 
 // Errors name the kind of file that this is instead (compressed, UTF-16, CSV, a directory, ...) and what to do.

@@ -6,6 +6,7 @@
 //   types.h    keywords, vectors, arithmetic           async.h     cp.async
 //   memory.h   device memory and its red zones         streams.h   queues of work, events
 //   runtime.h  the cuda* calls                         cublaslt.h  matrix products
+//   nccl.h     ranks that are processes, through MPI   nccl.cpp    what its operations do
 //
 // What ends the program with a message naming kernel, block and thread:
 //   a lane outside its mask; a mask with lanes that have ended; lanes of a warp in different collectives; a barrier at
@@ -23,7 +24,9 @@
 // makes visible is not found: compute-sanitizer racecheck on a GPU is for those.
 //
 // Environment: SIMT_SEED (order of warps, blocks, streams), SIMT_THREADS (of the host), SIMT_STREAMS=queues (streams
-// run apart), SIMT_KERNELS (file for names), SIMT_MEMORY_MB (of the device), CUDA_VISIBLE_DEVICES (empty: no device).
+// run apart), SIMT_KERNELS (file for names), SIMT_MEMORY_MB (of the device), CUDA_VISIBLE_DEVICES (empty: no device),
+// SIMT_DEVICES (how many), SIMT_CAPABILITY (of each), SIMT_DRIVER (its version), SIMT_BUS_ID (of a card that processes
+// share), SIMT_NCCL_FAILS.
 #pragma once
 #include "dev/simt/async.h"
 #include "dev/simt/launch.h"

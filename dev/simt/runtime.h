@@ -1,8 +1,13 @@
-// The part of the CUDA runtime that the project calls. One device, named "stand-in".
+// The part of the CUDA runtime that the project calls. One device, named "stand-in", or as many as SIMT_DEVICES says, which
+// differ in nothing but their number and capability (SIMT_CAPABILITY=7.5,8.0) and share one memory. The cards of two
+// processes are not the same, unless SIMT_BUS_ID names one for both. SIMT_CARD gives them name and rates of a real card,
+// for plans: NAME:MULTIPROCESSORS:MHZ:MEMORY MHZ:BITS OF THE BUS.
 //
 // Streams are streams.h's, memory is memory.h's. A copy to or from the host's ordinary memory waits for its stream; one
 // with page-locked memory does not. CUDA_VISIBLE_DEVICES set and empty: there is no device, as with the real one.
 #pragma once
+#include <unistd.h>
+
 #include "dev/simt/memory.h"
 #include "dev/simt/streams.h"
 
@@ -71,6 +76,29 @@ inline cudaError_t answer(cudaError_t e) {
     return e;
 }
 
+inline int devices() {
+    const char* text = getenv("SIMT_DEVICES");
+    return text ? atoi(text) : 1;
+}
+inline int& device_in_use() {
+    static int device = 0;
+    return device;
+}
+
+// What a device says of its speed. The stand-in has none worth a name.
+struct Card {
+    char name[256] = "stand-in";
+    int multiprocessors = 108, mhz = 0, memory_mhz = 0, bits = 0;
+};
+inline Card card() {
+    Card c;
+    const char* text = getenv("SIMT_CARD");
+    if (text && sscanf(text, "%255[^:]:%d:%d:%d:%d", c.name, &c.multiprocessors, &c.mhz, &c.memory_mhz, &c.bits) != 5) {
+        fault("SIMT_CARD=%s: need NAME:MULTIPROCESSORS:MHZ:MEMORY MHZ:BITS", text);
+    }
+    return c;
+}
+
 // A side of a copy: memory of the device where the direction says so, and not where it says host.
 inline void check_side(const char* call, const char* side, const void* p, size_t bytes, bool device) {
     const Piece* piece = memory_find(p, bytes);
@@ -133,14 +161,31 @@ inline cudaError_t cudaGetDeviceCount(int* count) {
         return simt::answer(cudaErrorInsufficientDriver);
     }
     const char* visible = getenv("CUDA_VISIBLE_DEVICES");
-    *count = !visible || (*visible && strcmp(visible, "-1") != 0);
+    *count = !visible || (*visible && strcmp(visible, "-1") != 0) ? simt::devices() : 0;
     return simt::answer(*count ? cudaSuccess : cudaErrorNoDevice);
 }
 inline cudaError_t cudaSetDevice(int device) {
-    return simt::answer(device == 0 ? cudaSuccess : cudaErrorInvalidDevice);
+    if (device < 0 || device >= simt::devices()) {
+        return simt::answer(cudaErrorInvalidDevice);
+    }
+    simt::device_in_use() = device;
+    return cudaSuccess;
 }
 inline cudaError_t cudaGetDevice(int* device) {
-    *device = 0;
+    *device = simt::device_in_use();
+    return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetPCIBusId(char* id, int bytes, int device) {
+    const char* shared = getenv("SIMT_BUS_ID");
+    const unsigned process = unsigned(getpid());
+    if (device < 0 || device >= simt::devices()) {
+        return simt::answer(cudaErrorInvalidDevice);
+    }
+    if (shared) {
+        snprintf(id, size_t(bytes), "%s", shared);
+    } else {
+        snprintf(id, size_t(bytes), "%04x:%02x:%02x.0", process >> 8 & 0xffff, process & 0xff, unsigned(device));
+    }
     return cudaSuccess;
 }
 inline cudaError_t cudaRuntimeGetVersion(int* version) {
@@ -148,11 +193,12 @@ inline cudaError_t cudaRuntimeGetVersion(int* version) {
     return cudaSuccess;
 }
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
-    if (device != 0) {
+    if (device < 0 || device >= simt::devices()) {
         return simt::answer(cudaErrorInvalidDevice);
     }
     *p = cudaDeviceProp();
-    strcpy(p->name, "stand-in");
+    const simt::Card card = simt::card();
+    strcpy(p->name, card.name);
     p->totalGlobalMem = simt::memory_total();
     p->sharedMemPerBlock = simt::STATIC_LIMIT;
     p->sharedMemPerBlockOptin = simt::SHARED_LIMIT;
@@ -161,9 +207,13 @@ inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
     p->warpSize = 32;
     p->maxThreadsPerBlock = int(simt::MAX_THREADS);
     p->maxThreadsPerMultiProcessor = 2048;
-    p->multiProcessorCount = 108;
+    p->multiProcessorCount = card.multiprocessors;
+    p->memoryBusWidth = card.bits;
     p->l2CacheSize = 40 << 20;
-    const char* capability = getenv("SIMT_CAPABILITY");
+    const char* capability = getenv("SIMT_CAPABILITY");  // of each device, the last of all that follow as well
+    for (int i = 0; i < device && capability && strchr(capability, ','); i++) {
+        capability = strchr(capability, ',') + 1;
+    }
     p->major = capability ? atoi(capability) : 8;
     p->minor = capability && strchr(capability, '.') ? atoi(strchr(capability, '.') + 1) : 0;
     return cudaSuccess;
@@ -183,9 +233,9 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
         case cudaDevAttrComputeCapabilityMajor: *value = p.major; break;
         case cudaDevAttrComputeCapabilityMinor: *value = p.minor; break;
         case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = int(p.sharedMemPerBlockOptin); break;
-        case cudaDevAttrClockRate:
-        case cudaDevAttrMemoryClockRate:
-        case cudaDevAttrGlobalMemoryBusWidth: *value = 0; break;  // it has no speed worth a name
+        case cudaDevAttrClockRate: *value = simt::card().mhz * 1000; break;
+        case cudaDevAttrMemoryClockRate: *value = simt::card().memory_mhz * 1000; break;
+        case cudaDevAttrGlobalMemoryBusWidth: *value = p.memoryBusWidth; break;
     }
     return cudaSuccess;
 }

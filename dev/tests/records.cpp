@@ -7,11 +7,15 @@
 
 #include "dev/tests/byte_tokenizer.h"
 
+namespace {
+
 struct Fixture {
     Tokenizer t;
     DataOptions options;
     std::string dir;
 };
+
+}  // namespace
 
 static bool fixture_make(Fixture& f, Template wanted) {
     f.dir = test_directory();

@@ -723,6 +723,14 @@ void runtime() {
     CUDA_CHECK(cudaEventDestroy(begin));
     CUDA_CHECK(cudaEventDestroy(end));
     cudaGetLastError();
+    const Variable real("SIMT_CARD");
+    setenv("SIMT_CARD", "GeForce 1:12:1500:7000:256", 1);
+    int clock = 0, memory = 0;
+    CUDA_CHECK(cudaGetDeviceProperties(&p, 0));
+    CUDA_CHECK(cudaDeviceGetAttribute(&clock, cudaDevAttrClockRate, 0));
+    CUDA_CHECK(cudaDeviceGetAttribute(&memory, cudaDevAttrMemoryClockRate, 0));
+    CHECK(std::string(p.name) == "GeForce 1" && p.multiProcessorCount == 12 && p.memoryBusWidth == 256, "%s", p.name);
+    CHECK(clock == 1500000 && memory == 7000000, "%d and %d kHz", clock, memory);
     const Variable visible("CUDA_VISIBLE_DEVICES");
     setenv("CUDA_VISIBLE_DEVICES", "", 1);
     int count = 1;
@@ -883,6 +891,63 @@ void limits() {
     });
 }
 
+// A communicator of this process alone: the same calls, and what the library would punish.
+void nccl() {
+    const Variable streams("SIMT_STREAMS");
+    setenv("SIMT_STREAMS", "queues", 1);
+    ncclUniqueId id;
+    ncclComm_t comm = nullptr;
+    ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
+    config.maxCTAs = 2;
+    cudaStream_t s = nullptr;
+    CUDA_CHECK(cudaStreamCreateWithFlags(&s, cudaStreamNonBlocking));
+    CHECK(ncclGetUniqueId(&id) == ncclSuccess && ncclCommInitRankConfig(&comm, 1, id, 0, &config) == ncclSuccess,
+          "no communicator");
+    Buffer<float> a(std::vector<float>{1, 2, 3, 4}), b(4);
+    float* const p = a.p;
+    ncclAllReduce(p, p, 4, ncclFloat32, ncclSum, comm, s);
+    ncclAllGather(p, b.p, 8, ncclUint8, comm, s);
+    ncclBroadcast(p, p, 16, ncclUint8, 0, comm, s);
+    ncclGroupStart();
+    ncclSend(p + 2, 8, ncclUint8, 0, comm, s);
+    ncclRecv(b.p + 2, 8, ncclUint8, 0, comm, s);
+    ncclGroupEnd();
+    CHECK(b.get()[0] != b.get()[0], "done before anybody waited for it");
+    CUDA_CHECK(cudaStreamSynchronize(s));
+    CHECK(b.get() == (std::vector<float>{1, 2, 3, 4}) && a.get() == b.get(), "one rank changes nothing");
+    check_refused("host memory", "ncclBroadcast: the source, 4 bytes", [&] {
+        float x = 0;
+        ncclBroadcast(&x, &x, 4, ncclUint8, 0, comm, s);
+    });
+    check_refused("past the end", "ncclAllReduce: the source, 20 bytes",
+                  [&] { ncclAllReduce(p, p, 5, ncclFloat32, ncclSum, comm, s); });
+    check_refused("half in place", "overlap and are not in place",
+                  [&] { ncclAllReduce(p, p + 1, 3, ncclFloat32, ncclSum, comm, s); });
+    check_refused("a gather over its own slice", "overlap and are not in place",
+                  [&] { ncclAllGather(p + 1, p, 8, ncclUint8, comm, s); });
+    check_refused("no such root", "root 1 of 1 ranks", [&] { ncclBroadcast(p, p, 4, ncclUint8, 1, comm, s); });
+    check_refused("a send outside a group", "ncclSend outside a group",
+                  [&] { ncclSend(p, 4, ncclUint8, 0, comm, s); });
+    const auto alone = [&](size_t received) {
+        ncclGroupStart();
+        ncclSend(p, 4, ncclUint8, 0, comm, s);
+        if (received > 0) {
+            ncclRecv(p + 1, received, ncclUint8, 0, comm, s);
+        }
+        ncclGroupEnd();
+        cudaStreamSynchronize(s);
+    };
+    check_refused("a send without its receive", "what rank 0 sends to rank 0 is not what that receives",
+                  [&] { alone(0); });
+    check_refused("a receive of another size", "is not what that receives", [&] { alone(8); });
+    check_refused("two ranks of one process", "rank 0 of 2 with 2 channels, but MPI has rank 0 of 1", [&] {
+        ncclComm_t more = nullptr;
+        ncclCommInitRankConfig(&more, 2, id, 0, &config);
+    });
+    ncclCommDestroy(comm);
+    CUDA_CHECK(cudaStreamDestroy(s));
+}
+
 }  // namespace simt_test
 
 extern const Test simt_tests[] = {{"simt_results", simt_test::results},
@@ -898,4 +963,5 @@ extern const Test simt_tests[] = {{"simt_results", simt_test::results},
                                   {"simt_mistakes_in_products", simt_test::mistakes_in_products},
                                   {"simt_mistakes_between_streams", simt_test::mistakes_between_streams},
                                   {"simt_limits", simt_test::limits},
+                                  {"simt_nccl", simt_test::nccl},
                                   {nullptr, nullptr}};

@@ -20,7 +20,7 @@ bool test_fail(const char* file, int line, const char* format, ...) {
     vsnprintf(text, sizeof text, format, arguments);
     va_end(arguments);
     test_state.failures++;
-    fprintf(stderr, "%s:%d: %s: %s\n", file, line, test_state.name, text);
+    fprintf(stderr, "%s%s:%d: %s: %s\n", test_state.who.c_str(), file, line, test_state.name, text);
     return false;
 }
 

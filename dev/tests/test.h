@@ -13,6 +13,7 @@ struct Test {
 // The running test; test_llama.cu clears it before a test, runs the test, and reads it afterwards.
 struct TestState {
     const char* name = "";
+    std::string who;   // "rank 2: " in one of many ranks
     int failures = 0;  // checks that failed
     bool skipped = false;
 };

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "dev/tests/program.h"
+#include "dev/tests/ranks.h"
 #include "io/json.h"
 #include "io/safetensors.h"
 #include "kernels/bf16.h"
@@ -392,10 +393,10 @@ static void dry_run_writes_nothing() {
 static void copies_of_a_launcher_are_refused() {
     std::string data = small_data(4), out;
     for (const char* variable : {"OMPI_COMM_WORLD_SIZE=4", "PMI_SIZE=2", "SLURM_STEP_NUM_TASKS=8"}) {
-        int code = train(&out, "-i " + data + base() + " --dry-run", variable);
+        int code = train(&out, "-i " + data + base() + " --dry-run", ranks_environment() + variable);
         CHECK(code == 2 && text_has(out, "launcher"), "%s: exit %d: %s", variable, code, out.c_str());
     }
-    int code = train(&out, "-i " + data + base() + " --dry-run", "OMPI_COMM_WORLD_SIZE=1");
+    int code = train(&out, "-i " + data + base() + " --dry-run", ranks_environment() + "OMPI_COMM_WORLD_SIZE=1");
     CHECK(code == 0, "one task: exit %d: %s", code, out.c_str());
 }
 

@@ -6,8 +6,11 @@
 //   p = p - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 #pragma once
 #include <cmath>
+#include <cstring>
+#include <type_traits>
 
 #include "kernels/adamw.h"
+#include "kernels/checksum.h"
 #include "kernels/cpu/parallel.h"
 #include "kernels/cpu/rows.h"
 
@@ -101,4 +104,24 @@ size_t first_nonfinite(Cpu<X>& dev, const typename Cpu<X>::real* x, size_t n) {
         }
     }
     return n;
+}
+
+// The checksum of x (n), as checksum.h has it.
+template <class X>
+uint64_t checksum(Cpu<X>& dev, const typename Cpu<X>::real* x, size_t n) {
+    using Bits = typename std::conditional<sizeof(typename Cpu<X>::real) == 8, uint64_t, uint32_t>::type;
+    uint64_t block_sum[SUM_BLOCKS];
+    for_sum_blocks(dev, n, [&](size_t block, size_t begin, size_t end) {
+        block_sum[block] = 0;
+        for (size_t i = begin; i < end; i++) {
+            Bits bits;
+            memcpy(&bits, x + i, sizeof bits);
+            block_sum[block] += checksum_term(i, bits);
+        }
+    });
+    uint64_t sum = 0;
+    for (uint64_t s : block_sum) {
+        sum += s;
+    }
+    return sum;
 }

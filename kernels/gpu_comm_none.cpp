@@ -1,0 +1,47 @@
+// Tensors over ranks in a program built with CUDA and without NCCL: one rank is all there is. What several ranks would
+// need is refused by comm_attach, so the other functions are never called with work to do.
+#include "kernels/comm.h"
+#include "kernels/gpu.h"
+
+template <class X>
+std::string comm_attach(Gpu<X>&, const Comm& comm) {
+    return comm.size > 1 ? "this program was built without NCCL, through which ranks on GPUs speak: install it "
+                           "(libnccl-dev or libnccl-devel, from NVIDIA's CUDA repository) and build again with "
+                           "make train_llama, or train with --device cpu"
+                         : "";
+}
+template <class X>
+void comm_detach(Gpu<X>&) {}
+template <class X>
+void comm_abandon(Gpu<X>&) {}
+template <class X>
+size_t comm_device_bytes(const Gpu<X>&, int, int) {
+    return 0;
+}
+template <class X>
+void comm_sum_begin(Gpu<X>&, float*, size_t) {}
+template <class X>
+void comm_sum_finish(Gpu<X>&) {}
+template <class X>
+void comm_gather_begin(Gpu<X>&, int, void*, const void*, size_t) {}
+template <class X>
+void comm_gather_finish(Gpu<X>&, int) {}
+template <class X>
+void comm_broadcast_device(Gpu<X>&, void*, size_t, int) {}
+template <class X>
+void comm_exchange_device(Gpu<X>&, const void*, void* const*, size_t) {}
+
+#define INSTANTIATE_COMM(X)                                                    \
+    template std::string comm_attach(Gpu<X>&, const Comm&);                    \
+    template void comm_detach(Gpu<X>&);                                        \
+    template void comm_abandon(Gpu<X>&);                                       \
+    template size_t comm_device_bytes(const Gpu<X>&, int, int);                \
+    template void comm_sum_begin(Gpu<X>&, float*, size_t);                     \
+    template void comm_sum_finish(Gpu<X>&);                                    \
+    template void comm_gather_begin(Gpu<X>&, int, void*, const void*, size_t); \
+    template void comm_gather_finish(Gpu<X>&, int);                            \
+    template void comm_broadcast_device(Gpu<X>&, void*, size_t, int);          \
+    template void comm_exchange_device(Gpu<X>&, const void*, void* const*, size_t);
+
+INSTANTIATE_COMM(bf16)
+INSTANTIATE_COMM(float)
