@@ -325,8 +325,7 @@ void base_place(Llama<Dev>& m, const BaseOptions& options, const Safetensors* st
         m.units.push_back({place.at.memory, measured.unit[u]});
     }
     if (is_host_embed(m.c, options, "model.embed_tokens.weight")) {
-        m.w.embed.data =
-            device_alloc_host(m.dev, m.w.embed.elements() * store_bytes(m.w.embed.store), "the embedding");
+        m.w.embed.data = device_alloc_host(m.dev, m.w.embed.elements() * store_bytes(m.w.embed.store), "the embedding");
     }
 }
 
@@ -381,7 +380,9 @@ struct LoadUnit {
             return;
         }
         const Tensor& t = *safetensors_find(r.st, name);
-        error = t.dtype == "U8" ? matrix_bnb(name, t, w) : w.store == Store::NF4 ? matrix_nf4(t, w) : matrix_plain(t, w);
+        error = t.dtype == "U8"         ? matrix_bnb(name, t, w)
+                : w.store == Store::NF4 ? matrix_nf4(t, w)
+                                        : matrix_plain(t, w);
     }
 
     HostTensor* save_begin(const Tensor& t) {
@@ -595,7 +596,8 @@ void round_share(Llama<Dev>& m, int first, std::string own_hashes, std::string* 
     }
 }
 
-// Every unit is made by one rank with make(unit, hashes) and handed on. after(first, error): once a round, on all ranks.
+// Every unit is made by one rank with make(unit, hashes) and handed on. after(first, error): once a round, on all
+// ranks.
 template <class Dev, class Make, class After>
 Error base_rounds(Llama<Dev>& m, std::string* hashes, const Make& make, const After& after) {
     const int ranks = m.dev.comm != nullptr ? m.dev.comm->size : 1, rank = m.dev.comm != nullptr ? m.dev.comm->rank : 0;
@@ -645,8 +647,8 @@ inline Error saved_units_write(const Comm* comm, BaseWriter& writer, std::vector
     return {};
 }
 
-// Loads the weights of m.c from model_dir. *hash: sha256 of what was read (tensors and their names). save_dir: where the
-// packed base is written too; "": nowhere.
+// Loads the weights of m.c from model_dir. *hash: sha256 of what was read (tensors and their names). save_dir: where
+// the packed base is written too; "": nowhere.
 template <class Dev>
 Error llama_load(Llama<Dev>& m, std::string* hash, std::vector<std::string>& warnings, const std::string& model_dir,
                  const BaseOptions& options, const std::string& save_dir = "") {
@@ -737,7 +739,8 @@ struct RandomUnit {
                  bf16 x[4];
                  float f[4];
                  for (int j = 0; j < 4; j++) {
-                     x[j] = to_bf16(float((double(uint16_t(bits >> (16 * j))) / 65535 - 0.5) * sigma * std::sqrt(12.0)));
+                     x[j] =
+                         to_bf16(float((double(uint16_t(bits >> (16 * j))) / 65535 - 0.5) * sigma * std::sqrt(12.0)));
                      f[j] = to_float(x[j]);
                  }
                  memcpy(out, half ? static_cast<const void*>(x) : f + i % 2 * 2, 8);

@@ -23,7 +23,8 @@ extern const Test random_tests[], elementwise_tests[], attention_tests[], adamw_
 extern const Test linear_tests[], nf4_tests[], classifier_tests[];
 extern const Test convert_tests[], model_tests[], plan_tests[], schedule_tests[], load_tests[], trainer_tests[];
 extern const Test bad_inputs_tests[], trainer_ranks_tests[], ranks_trainer_tests[];
-extern const Test forecast_tests[], parts_tests[], save_base_tests[], comm_tests[], ranks_comm_tests[], ends_comm_tests[];
+extern const Test forecast_tests[], parts_tests[], save_base_tests[], comm_tests[], ranks_comm_tests[],
+    ends_comm_tests[];
 extern const Test gpu_device_tests[], gpu_elementwise_tests[], gpu_classifier_tests[], gpu_adamw_tests[];
 extern const Test gpu_attention_tests[], gpu_nf4_tests[], gpu_matmul_tests[], gpu_linear_tests[], gpu_paged_tests[];
 extern const Test gpu_model_tests[], gpu_trainer_tests[];

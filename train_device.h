@@ -128,7 +128,8 @@ double plan_seconds(const Gpu<X>& dev, const Run& run, const Batch& b) {
     const LlamaConfig& c = run.c;
     const double N = double(b.size()), flops = pass_flops(c, run.lora, b), attention = attention_flops(c, b);
     const double rate = dev.info.gflops * 1e9;
-    const double again = (plan_cost(run.plan, c, plan_restore_tokens(dev), 0) - 2) * 2 * N * double(linear_parameters(c));
+    const double again =
+        (plan_cost(run.plan, c, plan_restore_tokens(dev), 0) - 2) * 2 * N * double(linear_parameters(c));
     // Elements a token and layer: norms 9 C forward and back, gradients of norms 4 C each, RoPE both ways, delta,
     // SwiGLU 3 F forward, 8 F back, and the adapters' passes over inputs and output gradients.
     const double heads = double(c.NH + c.NKV) * c.HS, out = double(c.NH + 2 * c.NKV) * c.HS;

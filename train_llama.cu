@@ -157,17 +157,17 @@ static void step_log(Run& run, const StepResult& r, double lr, double seconds, d
     const double rate = double(r.tokens) / seconds,
                  mfu = run.peak_gflops > 0 ? r.flops / seconds / 1e9 / run.peak_gflops : 0;
     Json record = Json::object()
-                           .set("event", "step")
-                           .set("step", run.step)
-                           .set("epoch", double(run.step) / double(run.steps_per_epoch))
-                           .set("loss", r.loss)
-                           .set("lr", lr)
-                           .set("grad_norm", r.grad_norm)
-                           .set("tokens", r.tokens)
-                           .set("target_tokens", r.targets)
-                           .set("ms", seconds * 1e3)
-                           .set("tokens_per_s", rate)
-                           .set("mfu", mfu);
+                      .set("event", "step")
+                      .set("step", run.step)
+                      .set("epoch", double(run.step) / double(run.steps_per_epoch))
+                      .set("loss", r.loss)
+                      .set("lr", lr)
+                      .set("grad_norm", r.grad_norm)
+                      .set("tokens", r.tokens)
+                      .set("target_tokens", r.targets)
+                      .set("ms", seconds * 1e3)
+                      .set("tokens_per_s", rate)
+                      .set("mfu", mfu);
     if (r.rank_tokens.size() > 1) {
         Json each = Json::array();
         for (size_t n : r.rank_tokens) {
@@ -409,9 +409,9 @@ Error run_files(Run& run, Llama<Dev>& m, uint64_t keep_log, const std::string& d
     std::string hash;
     if (Error e = on_rank_0(run, [&] { return adapter_write(run, m, &hash); })) {
         log_event(run.log, Json::object().set("event", "end").set("reason", "error").set("steps", run.step));
-        return e.what.empty() ? e
-                              : e.hinted("free space or mend the directory, then: " + run.program + " --resume -o " +
-                                         run.dir);
+        return e.what.empty()
+                   ? e
+                   : e.hinted("free space or mend the directory, then: " + run.program + " --resume -o " + run.dir);
     }
     log_event(run.log, Json::object()
                            .set("event", "end")

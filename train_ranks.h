@@ -61,7 +61,8 @@ inline int ranks_end(Run& run, const Error& e) {
     if (e && (alone || run.comm.rank == speaker)) {
         Error said = e;
         if (!alone && speaker > 0) {
-            said.what = text_format("rank %d of %d (%s): ", speaker, run.comm.size, comm_host(run.comm).c_str()) + e.what;
+            said.what =
+                text_format("rank %d of %d (%s): ", speaker, run.comm.size, comm_host(run.comm).c_str()) + e.what;
         }
         if (stopped) {
             console_fact(run.console, "%s", said.what.c_str());
@@ -70,7 +71,8 @@ inline int ranks_end(Run& run, const Error& e) {
             error_print(said);
         }
     }
-    if (status != 0 && !alone) {  // careful: a launcher that was told to end its ranks may never let MPI_Finalize return
+    if (status != 0 &&
+        !alone) {  // careful: a launcher that was told to end its ranks may never let MPI_Finalize return
         fflush(nullptr);
         _exit(status);
     }
@@ -92,8 +94,8 @@ inline int stop_poll(Run& run, int own) {
     return run.stop;
 }
 
-// Every rank has made the same updates from the same sums: a rank whose adapter differs in a bit from that of most has a
-// fault of memory, card or network.
+// Every rank has made the same updates from the same sums: a rank whose adapter differs in a bit from that of most has
+// a fault of memory, card or network.
 inline Error drift_check(const Run& run, uint64_t own) {
     if (ranks_of(run) == nullptr) {
         return {};
@@ -114,9 +116,10 @@ inline Error drift_check(const Run& run, uint64_t own) {
     if (others.empty()) {
         return {};
     }
-    return runtime_failure("after step %lld the adapter of rank %s differs from that of the other ranks: a fault of its "
-                           "memory, card or network",
-                           (long long)run.step, others.c_str())
+    return runtime_failure(
+               "after step %lld the adapter of rank %s differs from that of the other ranks: a fault of its "
+               "memory, card or network",
+               (long long)run.step, others.c_str())
         .hinted("the checkpoints before this step are good: leave that machine out and " + run.program +
                 " --resume -o " + run.dir);
 }

@@ -47,9 +47,9 @@ struct Run {
     RunLog log;
     RunLock lock;
     Comm comm;
-    int stop = 0;  // the signal that all ranks know of
-    Checkpoint checkpoint;       // resumed from; step -1: none
-    LoraConfig checkpoint_lora;  // of its adapter
+    int stop = 0;                                                                 // the signal that all ranks know of
+    Checkpoint checkpoint;                                                        // resumed from; step -1: none
+    LoraConfig checkpoint_lora;                                                   // of its adapter
     bool pass_tokens_given = false, recompute_given = false, gemm_given = false;  // here, not by the run resumed
     // what a checkpoint carries beside tensors
     int64_t step = 0;  // steps done

@@ -216,7 +216,8 @@ void plan_show(Run& run, const Dev& dev) {
     }
     std::vector<std::vector<std::string>> rows = {
         {"memory plan", ""},
-        {"  base (" + p.base_text + (p.spread ? text_format(", spread over %d ranks", p.ranks) : "") + (p.host_embed && !run.c.tied ? ", embedding on the host)" : ")"),
+        {"  base (" + p.base_text + (p.spread ? text_format(", spread over %d ranks", p.ranks) : "") +
+             (p.host_embed && !run.c.tied ? ", embedding on the host)" : ")"),
          text_bytes(double(p.weights))},
         {"  adapter and gradients (fp32)", text_bytes(double(p.adapter))},
         {!p.paged ? "  optimizer moments (fp32)" : "  optimizer moments (fp32, on the host; two slabs)",
@@ -306,8 +307,7 @@ Error data_and_plan(Run& run, Dev& dev, const BaseOptions& base, size_t* longest
         const Plan chosen = run.plan;
         execution_restore(run, device_tier(dev));
         plan_fill(run.plan, dev, run.c, run.lora, base, *longest);
-        if (!e && plan_counted(dev, run.plan) >
-                      std::max(plan_counted(dev, chosen), plan_budget(dev, memory))) {
+        if (!e && plan_counted(dev, run.plan) > std::max(plan_counted(dev, chosen), plan_budget(dev, memory))) {
             console_warn(run.console,
                          "the checkpoint's passes of %zu tokens, recompute %s, do not fit here: the same training, no "
                          "longer the same bits",
@@ -361,7 +361,8 @@ Error base_open(Run& run, Llama<Dev>& m, const BaseOptions& base) {
         console_warn(run.console, "%s", w.c_str());
     }
     console_fact(run.console, "base read in %.1f s%s%s", seconds_now() - t,
-                 run.o.save_base.empty() ? "" : ", and saved: the next start is quick with -m ", run.o.save_base.c_str());
+                 run.o.save_base.empty() ? "" : ", and saved: the next start is quick with -m ",
+                 run.o.save_base.c_str());
     return {};
 }
 

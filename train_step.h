@@ -18,8 +18,8 @@ struct Plan {
     GemmPath gemm = GemmPath::AUTO;          // a GPU's
     bool host_embed = false, paged = false;  // embedding, optimizer moments in the host's memory beside a GPU
     std::string base_text;                   // NF4 with double quantisation, bf16, ...
-    int ranks = 1, local_ranks = 1;  // in all, and of those on a machine
-    bool spread = false;  // the base's layers over the ranks
+    int ranks = 1, local_ranks = 1;          // in all, and of those on a machine
+    bool spread = false;                     // the base's layers over the ranks
     size_t weights = 0, adapter = 0, optimizer = 0, activations = 0, slots = 0, workspace = 0;  // bytes
     size_t library = 0;                                                                         // of cuBLASLt
 
@@ -138,7 +138,8 @@ void plan_fill(Plan& p, Dev& dev, const LlamaConfig& c, const LoraConfig& lora, 
                     2 * placed_bytes(longest * size_t(c.HS) / 2 * sizeof(typename Dev::real));
     Llama<Dev> m = plan_model(dev, c, lora, base);
     device_gemm(m.dev, p.gemm);
-    p.library = plan_library(dev) + (p.ranks > 1 || dev.comm != nullptr ? comm_device_bytes(dev, p.ranks, p.local_ranks) : 0);
+    p.library =
+        plan_library(dev) + (p.ranks > 1 || dev.comm != nullptr ? comm_device_bytes(dev, p.ranks, p.local_ranks) : 0);
     p.slots = placed_bytes(llama_slot_bytes(m, p.pass_tokens));
     p.workspace = placed_bytes(std::max(llama_workspace_bytes(m, p.pass_tokens, longest), measured.load_workspace));
 }
@@ -356,8 +357,8 @@ struct StepResult {
     std::string bad;  // what is not finite: loss and gradient before the update (then there was none), or A and B after
 };
 
-// The rank of each example: the longest first, each to the rank that has the fewest tokens so far (the first of equals).
-// LPT of Graham 1969: the fullest rank has at most 4/3 of the least possible.
+// The rank of each example: the longest first, each to the rank that has the fewest tokens so far (the first of
+// equals). LPT of Graham 1969: the fullest rank has at most 4/3 of the least possible.
 inline std::vector<int> deal(const std::vector<size_t>& lengths, int ranks) {
     std::vector<size_t> by_length(lengths.size()), tokens(ranks, 0);
     std::iota(by_length.begin(), by_length.end(), size_t(0));

@@ -91,7 +91,8 @@ const Setting settings[] = {
     {"", 0, "gemm", "auto|fused|dequant", "GPU kernels of the NF4 base", &Options::gemm, FREE},
     {"", 0, "recompute", "auto|none|ffn|attn|full", "activations made again instead of kept", &Options::recompute,
      FREE},
-    {"", 0, "paged-optimizer", nullptr, "GPU: the optimizer's moments stay on the host", &Options::paged_optimizer, FREE},
+    {"", 0, "paged-optimizer", nullptr, "GPU: the optimizer's moments stay on the host", &Options::paged_optimizer,
+     FREE},
     {"", 0, "shard-base", nullptr, "many ranks: each holds a part of the NF4 base", &Options::shard_base, FREE},
     {"", 0, "pass-tokens", "N", "tokens in flight", &Options::pass_tokens, FREE, 1, 1 << 24, "by the memory plan"},
     {"", 0, "no-pack", nullptr, "one document a pass", &Options::pack, INVERTED | FREE},
@@ -469,8 +470,9 @@ Error check_complete(const Options& o) {
     }
     bool random_model = o.model.rfind("shape:", 0) == 0;
     if (!o.save_base.empty() && (o.dry_run || o.benchmark > 0 || random_model || o.quant != "nf4")) {
-        return bad_input("--save-base needs a run that reads and quantises a base: no --dry-run, --benchmark, -m shape: or "
-                         "--quant none")
+        return bad_input(
+                   "--save-base needs a run that reads and quantises a base: no --dry-run, --benchmark, -m shape: or "
+                   "--quant none")
             .hinted(usage(*find_setting("save-base")));
     }
     if (o.inputs.empty() && !o.resume && o.benchmark == 0 && !random_model) {

@@ -1,7 +1,7 @@
 // Ranks: the processes that mpirun or srun started for one training, one a GPU or a group of cores. This file owns what
-// they say to each other: on the host through MPI, and for tensors the overloads on the device, MPI for the CPU and NCCL
-// between GPUs (comm_nccl.cuh). A program that no launcher started is one rank; nothing is opened then, and every function
-// here does at once what it would do for one.
+// they say to each other: on the host through MPI, and for tensors the overloads on the device, MPI for the CPU and
+// NCCL between GPUs (comm_nccl.cuh). A program that no launcher started is one rank; nothing is opened then, and every
+// function here does at once what it would do for one.
 //
 // All ranks call the same functions in the same order with the same sizes. Sums are made in the order of the ranks, so
 // that the same number of ranks always gives the same bits:
@@ -58,12 +58,13 @@ bool comm_ended(const Comm& comm, int code, double seconds, std::vector<int>& co
 void comm_sum(const Comm& comm, float* x, size_t n);
 void comm_sum(const Comm& comm, double* x, size_t n);
 
-// out (size, bytes) = every rank's slice, begun now and whole after comm_gather_wait. Two may be under way, number 0 and 1.
+// out (size, bytes) = every rank's slice, begun now and whole after comm_gather_wait. Two may be under way, number 0
+// and 1.
 void comm_gather_start(const Comm& comm, int number, void* out, const void* slice, size_t bytes);
 void comm_gather_wait(const Comm& comm, int number);
 
-// Piece s (of `bytes`) of `mine` goes to rank s; from[r] (bytes) = the piece that rank r sent here. mine = nullptr: this
-// rank sends nothing; from[r] = nullptr: rank r sends nothing.
+// Piece s (of `bytes`) of `mine` goes to rank s; from[r] (bytes) = the piece that rank r sent here. mine = nullptr:
+// this rank sends nothing; from[r] = nullptr: rank r sends nothing.
 void comm_exchange(const Comm& comm, const void* mine, void* const* from, size_t bytes);
 
 // ----------------------------------------------------------------------------
@@ -102,8 +103,8 @@ size_t comm_sum_least(const Cpu<X>&) {
     return SIZE_MAX;
 }
 
-// out (size, bytes) = every rank's slice of `bytes`. comm_gather_begin waits for the work queued so far, which may still
-// read out, and runs beside what is queued later; comm_gather_finish: what is queued from now on sees out whole.
+// out (size, bytes) = every rank's slice of `bytes`. comm_gather_begin waits for the work queued so far, which may
+// still read out, and runs beside what is queued later; comm_gather_finish: what is queued from now on sees out whole.
 // number: 0 or 1, one gather under way for each.
 template <class X>
 void comm_gather_begin(Cpu<X>& dev, int number, void* out, const void* slice, size_t bytes) {
@@ -114,8 +115,8 @@ void comm_gather_finish(Cpu<X>& dev, int number) {
     comm_gather_wait(*dev.comm, number);
 }
 
-// While the base is read: device memory p (bytes) of rank root to all, and comm_exchange of device memory. Done when they
-// return.
+// While the base is read: device memory p (bytes) of rank root to all, and comm_exchange of device memory. Done when
+// they return.
 template <class X>
 void comm_broadcast_device(Cpu<X>& dev, void* p, size_t bytes, int root) {
     comm_broadcast(*dev.comm, p, bytes, root);

@@ -6,6 +6,7 @@
 
 #include "dev/tests/gpu.h"
 #include "dev/tests/program.h"
+#include "dev/tests/ranks.h"
 #include "io/json.h"
 
 // train_llama --device cuda, with the GPU visible.
@@ -170,6 +171,73 @@ static void words() {
     CHECK(code == 0 && text_has(out, "GB of memory, the card has"), "exit %d: %s", code, out.c_str());
 }
 
+// One rank, through the ranks' own code: the communicator, the sum, the gathers of a base "spread" over one.
+static void one_rank_goes_the_way_of_many() {
+    if (!has_gpu()) {
+        return;
+    }
+    const std::string root = test_directory();
+    const std::string common = "-q -i " + small_data(6) + " -r 4 -b 3 -n 3 --val none -o " + root + "/";
+    std::string out;
+    int code = train_gpu(&out, common + "plain");
+    code = code ? code
+                : run_command(&out, ranks_environment() + "TRAIN_LLAMA_ONE_RANK=1 " + program() + base() +
+                                        " --device cuda --shard-base " + common + "one");
+    CHECK(code == 0 && file_text(root + "/plain/adapter_model.safetensors") ==
+                           file_text(root + "/one/adapter_model.safetensors"),
+          "other bytes (exit %d): %s", code, out.c_str());
+}
+
+// Several ranks, a card each: as many as the stand-in is told to have.
+static void ranks_with_a_card_each() {
+    if (!has_gpu() || !ranks_can_start()) {
+        return;
+    }
+    if (strstr(GpuDevice<bf16>().info.name, "stand-in") == nullptr) {
+        return test_skip("one real card: NCCL takes no two ranks on it");
+    }
+    const std::string root = test_directory(), data = small_data(7);
+    const std::string common = program() + base() + " --device cuda -q -r 4 -b 5 -n 2 --save-every 1 --val " +
+                               small_data(3, "data_val.jsonl") + " -i " + data + " -o " + root + "/";
+    const struct {
+        const char* name;
+        const char* more;
+        const char* like;
+    } runs[] = {
+        {"plain", "", "plain"},
+        {"spread", " --shard-base", "plain"},
+        {"parts", " --pass-tokens 32 --recompute full --gemm dequant", "parts"},
+        {"parts_spread", " --pass-tokens 32 --recompute full --gemm dequant --shard-base --paged-optimizer", "parts"},
+    };
+    std::string out;
+    for (const auto& r : runs) {
+        const int code = run_ranks(&out, 2, common + r.name + r.more, "SIMT_DEVICES=2", 100);
+        if (!CHECK(code == 0, "%s: exit %d\n%s", r.name, code, out.c_str())) {
+            return;
+        }
+        CHECK(file_text(root + "/" + r.name + "/adapter_model.safetensors") ==
+                  file_text(root + "/" + r.like + "/adapter_model.safetensors"),
+              "%s: other bytes than %s", r.name, r.like);
+    }
+    const int alone = run_command(&out, common + "alone");
+    const std::vector<double> one = losses_of(root + "/alone"), two = losses_of(root + "/plain");
+    CHECK(alone == 0 && one.size() == 2 && two.size() == 2, "alone: exit %d\n%s", alone, out.c_str());
+    // The first loss is of the same products on the same rows; bf16 rounds the sums of gradients apart after that.
+    CHECK_ERROR("first loss", one.size() == 2 && two.size() == 2 ? std::fabs(one[0] - two[0]) : 1, 1e-6);
+    for (size_t i = 0; i < std::min(one.size(), two.size()); i++) {
+        CHECK_ERROR("loss of step " + std::to_string(i + 1), std::fabs(one[i] - two[i]) / one[i], 1.0 / 256);
+    }
+    // with moments on the host, and as another count
+    CHECK(run_command(&out, "cd " + root + "/parts_spread && rm -r adapter* checkpoints/step_2") == 0, "%s",
+          out.c_str());
+    int code = run_ranks(&out, 2, program() + " --resume -q -o " + root + "/parts_spread", "SIMT_DEVICES=2", 100);
+    CHECK(code == 0 && file_text(root + "/parts_spread/adapter_model.safetensors") ==
+                           file_text(root + "/parts/adapter_model.safetensors"),
+          "resumed: other bytes (exit %d)\n%s", code, out.c_str());
+    code = run_ranks(&out, 2, program() + base() + " --device cuda --dry-run -i " + data, "SIMT_DEVICES=1 SIMT_BUS_ID=0000:01:00.0", 60);
+    CHECK(code != 0 && text_has(out, "GPU"), "two ranks, one card: exit %d\n%s", code, out.c_str());
+}
+
 extern const Test gpu_trainer_tests[];
 const Test gpu_trainer_tests[] = {
     {"losses_of_the_default_base", losses_of_the_default_base},
@@ -178,5 +246,7 @@ const Test gpu_trainer_tests[] = {
     {"resume_on_a_smaller_card", resume_on_a_smaller_card},
     {"benchmark_line", benchmark_line},
     {"words", words},
+    {"one_rank_goes_the_way_of_many", one_rank_goes_the_way_of_many},
+    {"ranks_with_a_card_each", ranks_with_a_card_each},
     {nullptr, nullptr},
 };

@@ -1,5 +1,5 @@
-// ./train_llama on many ranks, as people start it: the same training as one process, the same bytes twice, a base spread
-// over the ranks, resumes with another count, and how a rank that fails ends all.
+// ./train_llama on many ranks, as people start it: the same training as one process, the same bytes twice, a base
+// spread over the ranks, resumes with another count, and how a rank that fails ends all.
 #include <cmath>
 #include <cstring>
 
@@ -109,8 +109,8 @@ static void any_count_trains_the_same() {
     }
     CHECK(adapter_bytes(root + "/alone") == adapter_bytes(root + "/1"), "one rank of mpirun: other bytes than alone");
     code = train_ranks(&out, 3, common + "again");
-    CHECK(code == 0 && adapter_bytes(root + "/3") == adapter_bytes(root + "/again"), "3 ranks twice: other bytes (%d)\n%s",
-          code, out.c_str());
+    CHECK(code == 0 && adapter_bytes(root + "/3") == adapter_bytes(root + "/again"),
+          "3 ranks twice: other bytes (%d)\n%s", code, out.c_str());
     // with passes of one document or two, ranks have different numbers of them
     for (const char* more : {"", " --pass-tokens 160 --recompute full"}) {
         const std::string whole = root + (*more ? "/3p" : "/3"), spread = root + (*more ? "/3ps" : "/3s");
@@ -128,7 +128,8 @@ static void tokens_are_dealt_evenly() {
     }
     const std::string root = test_directory(), data = mixed_data();
     std::string out;
-    int code = train_ranks(&out, 3, "-q -i " + data + base() + " -r 4 -b 12 -e 1 --val none --device cpu -o " + root + "/r");
+    int code =
+        train_ranks(&out, 3, "-q -i " + data + base() + " -r 4 -b 12 -e 1 --val none --device cpu -o " + root + "/r");
     CHECK(code == 0, "exit %d\n%s", code, out.c_str());
     int steps = 0;
     for (const Json& r : log_records(root + "/r")) {
@@ -152,8 +153,8 @@ static void tokens_are_dealt_evenly() {
 }
 
 static void deal_is_longest_first() {
-    // order given 3 9 5 5 2 8; by length 9 8 5 5 3 2. rank 0: 9; rank 1: 8; rank 1: 8 + 5; rank 0: 9 + 5; rank 1: 13 + 3;
-    // rank 0: 14 + 2.
+    // order given 3 9 5 5 2 8; by length 9 8 5 5 3 2. rank 0: 9; rank 1: 8; rank 1: 8 + 5; rank 0: 9 + 5; rank 1: 13 +
+    // 3; rank 0: 14 + 2.
     const std::vector<int> want = {1, 0, 1, 0, 0, 1};
     CHECK(deal({3, 9, 5, 5, 2, 8}, 2) == want, "dealt otherwise");
     CHECK(deal({}, 3).empty(), "no examples");
@@ -185,7 +186,8 @@ static void resumes_with_another_count() {
         return;
     }
     const std::string root = test_directory(), data = small_data(30);
-    const std::string common = " -q -i " + data + base() + " -r 4 -b 6 -n 10 --save-every 5 --val none --device cpu -o ";
+    const std::string common =
+        " -q -i " + data + base() + " -r 4 -b 6 -n 10 --save-every 5 --val none --device cpu -o ";
     std::string out;
     for (const char* name : {"whole", "same", "more", "one"}) {
         int code = train_ranks(&out, 3, common + root + "/" + name);
@@ -221,8 +223,8 @@ static void one_rank_fails_all_end() {
     }
     const std::string root = test_directory(), data = small_data(8), other = root + "/other.jsonl";
     write_text(other, file_text(data) + file_text(data));
-    const std::string common = "exec env CUDA_VISIBLE_DEVICES= " + program() + base() + " -q -r 4 -n 2 --val none --device cpu -o " +
-                               root + "/r -i ";
+    const std::string common = "exec env CUDA_VISIBLE_DEVICES= " + program() + base() +
+                               " -q -r 4 -n 2 --val none --device cpu -o " + root + "/r -i ";
     struct {
         const char* what;
         std::string mine;
@@ -253,21 +255,25 @@ static void a_killed_rank_ends_all() {
         return;
     }
     const std::string root = test_directory(), data = small_data(40);
-    const std::string arguments = base() + " -r 4 -b 8 -n 100000 --save-every 20 --val none --device cpu -i " + data +
-                                  " -o " + root + "/r";
-    const std::string command = "sh -c 'echo $$ >" + root + "/pid.${OMPI_COMM_WORLD_RANK:-$PMI_RANK}; exec env "
-                                "CUDA_VISIBLE_DEVICES= " + program() + arguments + "'";
+    const std::string arguments =
+        base() + " -r 4 -b 8 -n 100000 --save-every 20 --val none --device cpu -i " + data + " -o " + root + "/r";
+    const std::string command = "sh -c 'echo $$ >" + root +
+                                "/pid.${OMPI_COMM_WORLD_RANK:-$PMI_RANK}; exec env "
+                                "CUDA_VISIBLE_DEVICES= " +
+                                program() + arguments + "'";
     std::string killed;
     // once there is a checkpoint
-    const std::string killer = "(while [ ! -d " + root + "/r/checkpoints/step_40 ]; do sleep 0.1; done; kill -9 $(cat " +
-                               root + "/pid.1); date +%s >" + root + "/killed) >/dev/null 2>&1 & ";
+    const std::string killer = "(while [ ! -d " + root +
+                               "/r/checkpoints/step_40 ]; do sleep 0.1; done; kill -9 $(cat " + root +
+                               "/pid.1); date +%s >" + root + "/killed) >/dev/null 2>&1 & ";
     CHECK(run_command(&killed, killer + "true") == 0, "%s", killed.c_str());
     std::string out;
     const int code = run_ranks(&out, 3, command, "", 60);
     CHECK(code != 0 && code != 124, "exit %d\n%s", code, out.c_str());
     std::string seconds;
-    CHECK(run_command(&seconds, "echo $(($(date +%s) - $(cat " + root + "/killed)))") == 0 && atoi(seconds.c_str()) <= 10,
-          "it took %s s", seconds.c_str());
+    CHECK(
+        run_command(&seconds, "echo $(($(date +%s) - $(cat " + root + "/killed)))") == 0 && atoi(seconds.c_str()) <= 10,
+        "it took %s s", seconds.c_str());
     CHECK(text_has(out, "rank 1") || text_has(out, "RANK 1"), "no word of rank 1:\n%s", out.c_str());
     // a dead process that nobody has waited for has an empty command line
     CHECK(run_command(&seconds, "sleep 1; for r in 0 2; do tr -d '\\0' 2>/dev/null </proc/$(cat " + root +
@@ -284,14 +290,18 @@ static void a_signal_stops_and_saves() {
         return;
     }
     const std::string root = test_directory(), data = small_data(40);
-    const std::string arguments = base() + " -r 4 -b 8 -n 100000 --val none --device cpu -i " + data + " -o " + root + "/r";
+    const std::string arguments =
+        base() + " -r 4 -b 8 -n 100000 --val none --device cpu -i " + data + " -o " + root + "/r";
     // a signal to one rank alone: all stop at the same step
-    const std::string command = "sh -c 'echo $$ >" + root + "/pid.${OMPI_COMM_WORLD_RANK:-$PMI_RANK}; exec env "
-                                "CUDA_VISIBLE_DEVICES= " + program() + arguments + "'";
+    const std::string command = "sh -c 'echo $$ >" + root +
+                                "/pid.${OMPI_COMM_WORLD_RANK:-$PMI_RANK}; exec env "
+                                "CUDA_VISIBLE_DEVICES= " +
+                                program() + arguments + "'";
     std::string out;
-    CHECK(run_command(&out, "(while ! grep -q '\"step\":3,' " + root + "/r/log.jsonl 2>/dev/null; do sleep 0.1; done; " +
-                                "kill -TERM $(cat " + root + "/pid.1)) >/dev/null 2>&1 & true") == 0,
-          "%s", out.c_str());
+    CHECK(
+        run_command(&out, "(while ! grep -q '\"step\":3,' " + root + "/r/log.jsonl 2>/dev/null; do sleep 0.1; done; " +
+                              "kill -TERM $(cat " + root + "/pid.1)) >/dev/null 2>&1 & true") == 0,
+        "%s", out.c_str());
     const int code = run_ranks(&out, 2, command, "", 60);
     CHECK(code == 143, "exit %d\n%s", code, out.c_str());
     const Json end = record_of(root + "/r", "end");
@@ -306,8 +316,8 @@ static void saved_base_is_the_same_base() {
     int code = train(&out, common + "a --save-base " + root + "/base" + base());
     CHECK(code == 0, "exit %d\n%s", code, out.c_str());
     code = train(&out, common + "b -m " + root + "/base");
-    CHECK(code == 0 && adapter_bytes(root + "/a") == adapter_bytes(root + "/b"), "from the saved base: other bytes (%d)\n%s",
-          code, out.c_str());
+    CHECK(code == 0 && adapter_bytes(root + "/a") == adapter_bytes(root + "/b"),
+          "from the saved base: other bytes (%d)\n%s", code, out.c_str());
     CHECK(train(&out, common + "c --save-base " + root + "/base" + base()) == 2 && text_has(out, "base"),
           "written over:\n%s", out.c_str());
     CHECK(train(&out, common + "d --save-base " + root + "/other -m " + root + "/base") == 2 &&
