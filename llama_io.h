@@ -7,7 +7,8 @@
 //   round 0   | unit 0 | unit 1 | ... | unit R-1 |    one a rank, all at once
 //   round 1   | unit R | ...                          then sent, before the next round
 //
-// Memory while loading: the packed model, one tensor's absmax, and two buffers of CHUNK elements.
+// Memory while loading: the packed model, one tensor's absmax, and two buffers of CHUNK elements; with --save-base also
+// the unit at hand, and on rank 0 those of all ranks.
 #pragma once
 #include <algorithm>
 #include <numeric>
@@ -546,13 +547,8 @@ inline Error comm_agree(const Comm* comm, Error mine) {
     return mine;
 }
 
-// The numbers of a layer that are held beside its memory, and the hashes of what was read.
-struct UnitNote {
-    float offset[MODULES] = {};
-    std::string hashes;
-};
-
-// Units first, first + 1, ... have been read, one by each rank: hands them on. *hashes grows by theirs, in order.
+// Units first, first + 1, ... have been read, one by each rank: hands them on, with the offsets of a layer's absmax,
+// which are held beside its memory, and the hashes of what was read. *hashes grows by theirs, in order.
 template <class Dev>
 void round_share(Llama<Dev>& m, int first, std::string own_hashes, std::string* hashes) {
     const Comm* comm = m.dev.comm;
@@ -617,34 +613,47 @@ Error base_rounds(Llama<Dev>& m, std::string* hashes, const Make& make, const Af
     return {};
 }
 
-// What this round's ranks read, to rank 0, which writes it in the order of the units. Texts go in pieces.
+// What this round's ranks read, to rank 0, which writes it in the order of the units.
 inline Error saved_units_write(const Comm* comm, BaseWriter& writer, std::vector<HostTensor>& own) {
     if (comm == nullptr) {
         return base_writer_add(writer, std::move(own));
     }
-    constexpr size_t PIECE = size_t(1) << 30;
     const std::string text = host_tensors_pack(own);
     own.clear();
-    std::vector<size_t> bytes(comm->size);
-    const size_t mine = text.size();
-    comm_all_gather(*comm, bytes.data(), &mine, sizeof(mine));
-    std::vector<std::string> all(comm->rank == 0 ? comm->size : 0);
-    for (size_t at = 0; at < *std::max_element(bytes.begin(), bytes.end()); at += PIECE) {
-        std::vector<std::string> piece = comm_gather_text(*comm, at < mine ? text.substr(at, PIECE) : "");
-        for (size_t r = 0; r < all.size(); r++) {
-            all[r] += piece[r];
-        }
-    }
-    for (const std::string& one : all) {
+    for (std::string& one : comm_gather_text(*comm, text)) {
         std::vector<HostTensor> unit;
         if (!host_tensors_unpack(unit, one)) {
             return runtime_failure("a part of the base came damaged from another rank");
         }
+        std::string().swap(one);
         if (Error e = base_writer_add(writer, std::move(unit))) {
             return e;
         }
     }
     return {};
+}
+
+// Each rank reads a part of the base only, so a rank with another copy of it would train a mixture. What can be told
+// quickly: names, dtypes, shapes, and the first and last bytes of every tensor.
+inline Error same_base_check(const Comm* comm, const BaseReader& r, const std::string& model_dir) {
+    std::string text;
+    Error e;
+    for (const Tensor& t : r.st.tensors) {
+        char ends[2][2048] = {};
+        const size_t bytes = size_t(std::min<uint64_t>(t.bytes, sizeof(ends[0])));
+        e = e ? e : safetensors_read(r.st, t, ends[0], 0, bytes);
+        e = e ? e : safetensors_read(r.st, t, ends[1], t.bytes - bytes, bytes);
+        text += t.name + " " + t.dtype + " " + shape_text(t.shape) + " " + sha256_hex(ends, sizeof(ends)) + "\n";
+    }
+    if (e = comm_agree(comm, e); e) {
+        return e;
+    }
+    const std::vector<std::string> all = comm_all_gather_text(*comm, sha256_hex(text.data(), text.size()));
+    if (all[comm->rank] != all[0]) {
+        e = bad_input("%s: not the model that rank 0 reads", model_dir.c_str())
+                .hinted("every machine needs the same copy of the model");
+    }
+    return comm_agree(comm, e);
 }
 
 // Loads the weights of m.c from model_dir. *hash: sha256 of what was read (tensors and their names). save_dir: where
@@ -669,8 +678,11 @@ Error llama_load(Llama<Dev>& m, std::string* hash, std::vector<std::string>& war
         warnings.insert(warnings.end(), r.st.warnings.begin(), r.st.warnings.end());
         e = base_check_names(r, m.w, m.c, model_dir);
     }
+    e = comm_agree(m.dev.comm, e);
+    e = e || m.dev.comm == nullptr ? e : same_base_check(m.dev.comm, r, model_dir);
     const BaseBytes measured = e ? BaseBytes() : base_measure(m.dev, m.c, options, &r.st);
-    const size_t whole = std::accumulate(measured.unit.begin(), measured.unit.end(), size_t(0));
+    size_t whole = std::accumulate(measured.unit.begin(), measured.unit.end(), size_t(0));
+    whole += options.host_embed ? size_t(m.c.V) * m.c.C * 2 : 0;
     e = e || !writes ? e : base_writer_open(writer, save_dir, model_dir, whole);
     e = comm_agree(m.dev.comm, e);
     std::string hashes;

@@ -95,20 +95,6 @@ bool checkpoint_try(Run& run, Llama<Dev>& m, bool regular) {
     return !e;
 }
 
-// The keys of `now` whose values differ in `then`, with both; "" when none does.
-inline std::string differences(const Json* then, const Json& now) {
-    std::string differ;
-    for (size_t i = 0; i < now.keys.size(); i++) {
-        const Json* old = then == nullptr ? nullptr : then->find(now.keys[i].c_str());
-        std::string was = old ? json_write(*old) : "nothing", is = json_write(now.items[i]);
-        if (was != is) {
-            differ += (differ.empty() ? "" : "; ") + now.keys[i] + " (then " + printable(was) + ", now " +
-                      printable(is) + ")";
-        }
-    }
-    return differ;
-}
-
 inline Error resume_check(Run& run) {
     const Json& state = run.checkpoint.state;
     std::string differ = differences(state.find("fingerprints"), fingerprints(run));

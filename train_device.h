@@ -85,13 +85,11 @@ Error device_take(Gpu<X>& dev, const Plan& plan) {
 }
 
 // Of all ranks together.
-template <class Dev>
-double peak_of_ranks(const Run& run, Dev& dev) {
-    double peak = device_peak_gflops(dev);
-    if (run.comm.state != nullptr) {
-        comm_sum(run.comm, &peak, 1);
+inline double sum_of_ranks(const Run& run, double x) {
+    if (ranks_of(run) != nullptr) {
+        comm_sum(run.comm, &x, 1);
     }
-    return peak;
+    return x;
 }
 
 // What the poorest rank has: all follow one plan.
@@ -104,21 +102,22 @@ uint64_t memory_of_ranks(const Run& run, const Dev& dev) {
 }
 
 // What of a plan the user asks for, before plan_choose.
-inline void plan_wishes(Run& run) {
+template <class Dev>
+void plan_wishes(Run& run, const Dev& dev) {
     run.plan = Plan();
     run.plan.gemm = gemm_parse(run.o.gemm);
     run.plan.paged = run.o.paged_optimizer;
     run.plan.ranks = run.o.ranks > 0 ? run.o.ranks : run.comm.size;
     run.plan.local_ranks = run.o.ranks > 0 ? std::min(run.o.ranks, 8) : run.comm.local_size;
-    run.plan.spread = run.o.shard_base && (run.o.ranks > 0 || run.comm.state != nullptr);
+    run.plan.spread = run.o.shard_base && (run.o.ranks > 0 || dev.comm != nullptr);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // the speed to expect
 
-// Of a step on a CPU: its arithmetic at the peak.
+// Of a pass on a CPU: its arithmetic at the rank's part of the peak of all.
 inline double plan_seconds(const Cpu<float>&, const Run& run, const Batch& b) {
-    return pass_flops(run.c, run.lora, b) / 1e9 / run.peak_gflops;
+    return pass_flops(run.c, run.lora, b) / 1e9 / (run.peak_gflops / run.comm.size);
 }
 
 // Of a pass on a card: matrix products and what is made again at the products' rate, weights restored, attention at the
@@ -138,10 +137,10 @@ double plan_seconds(const Gpu<X>& dev, const Run& run, const Batch& b) {
            elements * N * c.L * sizeof(X) / (dev.info.gbytes_per_s * 1e9);
 }
 
-// tok/s of the given batch under the plan; on the CPU that is an upper bound.
+// tok/s of all ranks, each with such a batch, under the plan; on the CPU that is an upper bound.
 template <class Dev>
 double plan_tokens_per_s(const Dev& dev, const Run& run, const Batch& b) {
-    return double(b.size()) / plan_seconds(dev, run, b);
+    return double(b.size()) / plan_seconds(dev, run, b) * run.comm.size;
 }
 
 inline std::string speed_text(const Cpu<float>&, const Run& run, double tokens_per_s) {
@@ -192,11 +191,7 @@ Error with_ranks(Run& run, Dev& dev, const Fn& fn) {
 
 // Ranks that have a usable card.
 inline int cards_of_ranks(const Run& run, int have) {
-    double sum = have;
-    if (ranks_of(run) != nullptr) {
-        comm_sum(run.comm, &sum, 1);
-    }
-    return int(sum);
+    return int(sum_of_ranks(run, have));
 }
 
 // The tier that all ranks have: on different ones the same update would round differently.

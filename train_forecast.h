@@ -35,17 +35,9 @@ bool is_link_beside(const Gpu<X>&) {
     return true;
 }
 
-// Seconds of a pass on one of the ranks, and floating-point operations a second of its matrix products. CPU: the peak
-// was measured on all ranks that are here together.
-inline double rank_seconds(const Cpu<float>& dev, const Run& run, const Batch& b) {
-    return plan_seconds(dev, run, b) * run.comm.size;
-}
+// Floating-point operations a second of a rank's matrix products. CPU: the peak was measured on all ranks together.
 inline double rank_rate(const Cpu<float>&, const Run& run) {
     return run.peak_gflops * 1e9 / run.comm.size;
-}
-template <class X>
-double rank_seconds(const Gpu<X>& dev, const Run& run, const Batch& b) {
-    return plan_seconds(dev, run, b);
 }
 template <class X>
 double rank_rate(const Gpu<X>& dev, const Run&) {
@@ -77,7 +69,7 @@ PassTime pass_time(const Dev& dev, const Run& run, const Batch& b) {
     const double forward = plan_cost(one, c, plan_restore_tokens(dev), 0) / 2;
     PassTime t;
     t.head = 4 * double(b.n_labels) * double(c.V) * c.C / rank_rate(dev, run);
-    const double unit = (rank_seconds(dev, run, b) - t.head) / std::accumulate(cost.begin(), cost.end(), 0.0);
+    const double unit = (plan_seconds(dev, run, b) - t.head) / std::accumulate(cost.begin(), cost.end(), 0.0);
     t.forward = unit * forward;
     for (double whole : cost) {
         t.backward.push_back(unit * (whole - forward));

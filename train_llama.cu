@@ -12,13 +12,15 @@
 #include "train_setup.h"
 
 static volatile sig_atomic_t stop_signal = 0;
-static bool speaks = true;  // rank 0
+static bool speaks = true;                  // rank 0
+static volatile sig_atomic_t patience = 0;  // with other ranks: seconds that a step or evaluation may last
 
 extern "C" void on_signal(int number) {
     if (stop_signal != 0) {
         _exit(128 + number);  // the second one: at once; the checkpoint before is intact
     }
     stop_signal = number;
+    alarm(unsigned(patience));  // perhaps another rank is dead, and this one would wait for it in vain
     const char text[] = "\n# stopping after this step, and saving; once more to stop at once, unsaved\n";
     ssize_t ignored = speaks ? write(STDERR_FILENO, text, sizeof(text) - 1) : 0;  // nothing else is safe in a handler
     (void)ignored;
@@ -208,9 +210,13 @@ static bool is_due(const Run& run, int64_t every) {
 template <class Dev>
 Error save_or_stop(Run& run, Llama<Dev>& m) {
     if (Error e = drift_check(run, m.dev.comm != nullptr ? checksum(m.dev, m.adapter.p, m.adapter.size) : 0)) {
+        run.leaving = true;
+        log_event(run.log, Json::object().set("event", "end").set("reason", "error").set("steps", run.step));
         return e;
     }
-    const bool regular = is_due(run, run.o.save_every), stop = stop_poll(run, stop_signal) != 0 && run.step < run.steps;
+    const bool regular = is_due(run, run.o.save_every);
+    const bool stop = stop_poll(run, stop_signal) != 0 && run.step < run.steps;
+    alarm(0);
     const bool none = run.step == 0 || run.checkpoint.step == run.step || !(regular || stop);
     const bool saved = none || of_rank_0(run, run.comm.rank > 0 || checkpoint_try(run, m, regular));
     if (!stop) {
@@ -267,6 +273,8 @@ Error train_loop(Run& run, Llama<Dev>& m) {
         if (is_due(run, o.eval_every) && !evaluate_and_log(run, m)) {
             return diverged(run, "validation loss", s);
         }
+        const double lasted = seconds_now() - t;
+        patience = run.comm.size > 1 ? std::max(int(patience), int(10 + 3 * lasted)) : 0;
         if (Error e = save_or_stop(run, m)) {
             return e;
         }
@@ -311,7 +319,7 @@ Error dry_run(Run& run, const Dev& dev, const BaseOptions& base) {
         for (size_t i = 0; i < run.train.size(); i++) {
             text += dataset_dump_line(run.train, i) + "\n";
         }
-        if (Error e = file_replace(o.dump_data, text)) {
+        if (Error e = on_rank_0(run, [&] { return file_replace(o.dump_data, text); })) {
             return e;
         }
         console_fact(run.console, "%zu examples written to %s", run.train.size(), o.dump_data.c_str());
@@ -437,7 +445,7 @@ Error train(Run& run, Dev& dev) {
     const double started = seconds_now();
     BaseOptions base = {o.quant == "nf4", o.double_quant, false};
     const std::string device = device_label(dev);
-    run.peak_gflops = peak_of_ranks(run, dev);
+    run.peak_gflops = sum_of_ranks(run, device_peak_gflops(dev));
     banner(run, device, dev.threads);
     size_t longest;
     Error e = data_and_plan(run, dev, base, &longest);
@@ -451,8 +459,8 @@ Error train(Run& run, Dev& dev) {
     e = ranks_agree(run, e);
     e = e ? e : same_check(run, m.dev);
     e = ranks_agree(run, e ? e : device_take(m.dev, run.plan));
-    e = e ? e : model_ready(run, m, base, longest, &keep_log);
-    if (!e && of_rank_0(run, is_complete(run))) {
+    e = ranks_agree(run, e ? e : model_ready(run, m, base, longest, &keep_log));
+    if (!e && of_rank_0(run, run.comm.rank == 0 && is_complete(run))) {
         console_fact(run.console, "already complete: the adapter is in %s", run.dir.c_str());
     } else if (!e) {
         e = on_rank_0(run, [&] { return run_directory_open(run); });
@@ -492,9 +500,9 @@ template <class Dev>
 Error benchmark(Run& run, Dev& dev) {
     const Options& o = run.o;
     BaseOptions base = {o.quant == "nf4", o.double_quant, false};
-    run.peak_gflops = peak_of_ranks(run, dev);
+    run.peak_gflops = sum_of_ranks(run, device_peak_gflops(dev));
     banner(run, device_label(dev), dev.threads);
-    plan_wishes(run);
+    plan_wishes(run, dev);
     Error plan = plan_choose(run.plan, dev, run.c, run.lora, base, run.max_tokens, random_tokens(run), o.pass_tokens,
                              o.recompute, memory_of_ranks(run, dev));
     plan_show(run, dev);
@@ -548,7 +556,7 @@ Error benchmark(Run& run, Dev& dev) {
     console_table(run.console, rows);
     std::sort(seconds.begin(), seconds.end());
     const double median = seconds[seconds.size() / 2], achieved = r.flops / median / 1e9;
-    const double peak = device_measured_gflops(m.dev, run.peak_gflops);
+    const double peak = sum_of_ranks(run, device_measured_gflops(m.dev, run.peak_gflops / run.comm.size));
     console_fact(run.console, "median %.1f ms a step of %zu tokens, %s; %s planned", median * 1e3, r.tokens,
                  device_peak_memory(m.dev).c_str(), text_bytes(double(run.plan.total())).c_str());
     console_fact(run.console, "achieved %.1f GFLOP/s, measured peak %.1f GFLOP/s: %.1f %%", achieved, peak,
@@ -566,10 +574,10 @@ Error shape_plan(Run& run, Dev& dev) {
     if (!o.dry_run) {
         return bad_input("-m %s has random weights: it is for --dry-run and --benchmark N only", o.model.c_str());
     }
-    run.peak_gflops = peak_of_ranks(run, dev);
+    run.peak_gflops = sum_of_ranks(run, device_peak_gflops(dev));
     banner(run, device_label(dev), dev.threads);
     BaseOptions base = {o.quant == "nf4", o.double_quant, false};
-    plan_wishes(run);
+    plan_wishes(run, dev);
     Error e = plan_choose(run.plan, dev, run.c, run.lora, base, run.max_tokens, random_tokens(run), o.pass_tokens,
                           o.recompute, memory_of_ranks(run, dev));
     plan_show(run, dev);
@@ -605,7 +613,8 @@ static Error program(Run& run, int argc, char** argv) {
     char exe[4096];
     ssize_t n = readlink("/proc/self/exe", exe, sizeof(exe) - 1);
     run.exe_dir = path_directory(n > 0 ? std::string(exe, size_t(n)) : std::string(argv[0]));
-    e = ranks_agree(run, device_settings(run.o));
+    e = same_options(run);
+    e = ranks_agree(run, e ? e : device_settings(run.o));
     e = e ? e : directory_settings(run);
     e = e ? e : model_open(run);
     e = e ? e : lora_settings(run);

@@ -3,7 +3,7 @@
 // train_step.h's.
 //
 // Rank 0 alone reads and writes the run directory. An error of any rank ends all: those that meet in ranks_agree leave
-// together; one that the others do not meet ends them after two seconds (ranks_end).
+// together; one whose others wait elsewhere ends them after two seconds (ranks_end).
 #pragma once
 #include "train_run.h"
 
@@ -11,14 +11,16 @@ inline const Comm* ranks_of(const Run& run) {
     return run.comm.state != nullptr ? &run.comm : nullptr;
 }
 
-// As comm_agree: the same outcome on all ranks.
-inline Error ranks_agree(const Run& run, const Error& mine) {
-    return comm_agree(ranks_of(run), mine);
+// As comm_agree: the same outcome on all ranks, which leave together when it is an error.
+inline Error ranks_agree(Run& run, const Error& mine) {
+    Error e = comm_agree(ranks_of(run), mine);
+    run.leaving = run.leaving || e;
+    return e;
 }
 
 // fn() on rank 0; its error, if it has one, on all.
 template <class Fn>
-Error on_rank_0(const Run& run, const Fn& fn) {
+Error on_rank_0(Run& run, const Fn& fn) {
     return ranks_agree(run, run.comm.rank == 0 ? fn() : Error());
 }
 
@@ -47,7 +49,14 @@ inline int ranks_end(Run& run, const Error& e) {
     const bool alone = ranks_of(run) == nullptr, stopped = e.code >= 128;  // after saving: not an error of anyone's
     const int speaks = 1 << 16;
     std::vector<int> ends = {e.code | (e.what.empty() ? 0 : speaks)};
-    if (!alone && !comm_ended(run.comm, ends[0], e ? 2 : -1, ends)) {
+    for (int number : {SIGTERM, SIGINT, SIGHUP}) {
+        if (!alone && e) {
+            signal(number, SIG_IGN);  // a launcher that sees one rank end signals the others
+        }
+    }
+    // Where all know that they leave, the slowest may have files to close; else nobody else may ever come.
+    const double seconds = !e ? -1 : run.leaving || stopped || e.code == 3 ? 60 : 2;
+    if (!alone && !comm_ended(run.comm, ends[0], seconds, ends)) {
         Error named = e;
         named.what = text_format("rank %d of %d (%s): %s", run.comm.rank, run.comm.size, comm_host(run.comm).c_str(),
                                  e.what.empty() ? "ended because another rank did" : e.what.c_str());
@@ -71,13 +80,42 @@ inline int ranks_end(Run& run, const Error& e) {
             error_print(said);
         }
     }
-    if (status != 0 &&
-        !alone) {  // careful: a launcher that was told to end its ranks may never let MPI_Finalize return
+    if (status != 0 && !alone) {
         fflush(nullptr);
-        _exit(status);
+        comm_ended(run.comm, status, 10, ends);  // all wait for the one that speaks
+        _exit(status);  // careful: a launcher that was told to end its ranks may never let MPI_Finalize return
     }
     comm_close(run.comm);
     return status;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// before anything that the ranks do together
+
+// Every rank was given the same options: they decide what is computed, and which calls the ranks make together. Paths
+// may differ from machine to machine; whether one is given may not.
+inline Error same_options(Run& run) {
+    const Options& o = run.o;
+    Json own = options_to_json(o);
+    for (const char* path : {"input", "model", "val", "init-adapter"}) {
+        own.set(path, own.find(path) == nullptr ? "not given" : "given");
+    }
+    for (const char* free : {"threads", "quiet"}) {
+        own.set(free, "any");
+    }
+    own.set("inputs", o.inputs.size()).set("val-none", o.val == "none").set("shape", is_shape(o) ? o.model : "");
+    own.set("resume", o.resume).set("overwrite", o.overwrite).set("dry-run", o.dry_run).set("benchmark", o.benchmark);
+    own.set("ranks", o.ranks).set("save-base", !o.save_base.empty()).set("dump-data", !o.dump_data.empty());
+    own.set("program", train_llama_version);
+    Json first;
+    const std::string of_0 = text_of_rank_0(run, json_write(own));
+    Error e = json_parse(first, of_0.data(), of_0.size(), "rank 0");
+    const std::string differ = e ? "" : differences(&first, own);
+    if (!differ.empty()) {
+        e = bad_input("not given the same as rank 0: %s", differ.c_str())
+                .hinted("start all ranks with the same options (`then` is rank 0's)");
+    }
+    return ranks_agree(run, e);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -111,7 +149,8 @@ inline Error drift_check(const Run& run, uint64_t own) {
     }
     std::string others;
     for (int r = 0; r < run.comm.size; r++) {
-        others += all[r] == usual ? "" : (others.empty() ? "" : ", ") + std::to_string(r);
+        const bool odd = all[r] != usual || (most < all.size() && 2 * most <= all.size());  // of two, who is right?
+        others += !odd ? "" : (others.empty() ? "" : ", ") + std::to_string(r);
     }
     if (others.empty()) {
         return {};

@@ -47,10 +47,13 @@ struct Run {
     RunLog log;
     RunLock lock;
     Comm comm;
-    int stop = 0;                                                                 // the signal that all ranks know of
-    Checkpoint checkpoint;                                                        // resumed from; step -1: none
-    LoraConfig checkpoint_lora;                                                   // of its adapter
-    bool pass_tokens_given = false, recompute_given = false, gemm_given = false;  // here, not by the run resumed
+    int stop = 0;                 // the signal that all ranks know of
+    bool leaving = false;         // all ranks know that they end
+    bool has_val_beside = false;  // <input stem>_val.jsonl is there, for rank 0
+    Checkpoint checkpoint;        // resumed from; step -1: none
+    LoraConfig checkpoint_lora;   // of its adapter
+    // given here, not by the run resumed
+    bool pass_tokens_given = false, recompute_given = false, gemm_given = false;
     // what a checkpoint carries beside tensors
     int64_t step = 0;  // steps done
     std::vector<Evaluation> evaluations;
@@ -79,6 +82,20 @@ inline uint64_t peak_memory() {  // of this process, bytes
     struct rusage usage = {};
     getrusage(RUSAGE_SELF, &usage);
     return uint64_t(usage.ru_maxrss) * 1024;
+}
+
+// The keys of `now` whose values differ in `then`, with both; "" when none does.
+inline std::string differences(const Json* then, const Json& now) {
+    std::string differ;
+    for (size_t i = 0; i < now.keys.size(); i++) {
+        const Json* old = then == nullptr ? nullptr : then->find(now.keys[i].c_str());
+        std::string was = old ? json_write(*old) : "nothing", is = json_write(now.items[i]);
+        if (was != is) {
+            differ += (differ.empty() ? "" : "; ") + now.keys[i] + " (then " + printable(was) + ", now " +
+                      printable(is) + ")";
+        }
+    }
+    return differ;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -211,6 +228,11 @@ inline double learning_rate(const Run& run, int64_t step) {  // of step 0, 1, ..
 // ---------------------------------------------------------------------------------------------------------------------
 // data
 
+// Held-out data that is used unless something else is asked for.
+inline std::string val_beside(const Options& o) {
+    return path_join(path_directory(o.inputs[0]), path_stem(o.inputs[0]) + "_val.jsonl");
+}
+
 inline Error data_read(Run& run) {
     const Options& o = run.o;
     DataOptions d;
@@ -231,8 +253,8 @@ inline Error data_read(Run& run) {
     if (Error e = dataset_load(run.train, o.inputs, run.tokenizer, d)) {
         return e;
     }
-    std::string beside = path_join(path_directory(o.inputs[0]), path_stem(o.inputs[0]) + "_val.jsonl");
-    std::string file = o.val.empty() && o.val_split == 0 && path_exists(beside) ? beside : o.val == "none" ? "" : o.val;
+    std::string beside = val_beside(o);
+    std::string file = o.val.empty() && o.val_split == 0 && run.has_val_beside ? beside : o.val == "none" ? "" : o.val;
     if (!file.empty()) {
         run.val_source = file;
         if (Error e = dataset_load(run.val, {file}, run.tokenizer, d)) {

@@ -1,6 +1,8 @@
 // Setting up a run, on every rank: model and text, the run directory and a checkpoint to go on from, data and plan, the
 // model in memory. What follows from the settings alone is train_run.h's.
 #pragma once
+#include <filesystem>
+
 #include "train_checkpoint.h"
 #include "train_ranks.h"
 
@@ -86,6 +88,13 @@ inline void banner(Run& run, const std::string& device, int threads) {
                  threads);
     if (run.o.shard_base && run.o.ranks == 0 && ranks_of(run) == nullptr) {
         console_warn(run.console, "--shard-base changes nothing with one rank: mpirun -n R starts more");
+    }
+    const long cores = sysconf(_SC_NPROCESSORS_ONLN);
+    if (run.comm.size > 1 && run.o.threads == 0 && threads * run.comm.local_size < cores / 2) {
+        console_warn(run.console,
+                     "%d ranks of %d threads use a part of this machine's %ld processors: mpirun ties ranks to cores; "
+                     "--bind-to none lets them share all",
+                     run.comm.local_size, threads, cores);
     }
     console_fact(run.console, "base %s: %s parameters, %d layers, hidden %d, %d/%d heads of %d, vocabulary %d%s",
                  run.model_dir.c_str(), text_count(model_parameters(run.c)).c_str(), run.c.L, run.c.C, run.c.NH,
@@ -183,6 +192,14 @@ inline bool is_within(const std::string& path, const std::string& dir) {
     return inner == outer || inner.rfind(outer + "/", 0) == 0;
 }
 
+// The same of names that need not be there yet.
+inline bool is_inside(const std::string& path, const std::string& dir) {
+    std::error_code failed;
+    const std::string inner = std::filesystem::weakly_canonical(path, failed).string() + "/",
+                      outer = std::filesystem::weakly_canonical(dir, failed).string() + "/";
+    return inner.rfind(outer, 0) == 0;
+}
+
 // What must not be written over: an earlier run without leave, the model, the adapter started from, the data.
 inline Error outputs_check(const Run& run) {
     const Options& o = run.o;
@@ -195,6 +212,10 @@ inline Error outputs_check(const Run& run) {
     }
     if (o.dry_run || o.benchmark > 0) {
         return {};
+    }
+    if (!o.save_base.empty() && is_inside(o.save_base, run.dir)) {
+        return bad_input("--save-base %s lies in the run directory %s", o.save_base.c_str(), run.dir.c_str())
+            .hinted("give a directory of its own: it will be the base of other runs");
     }
     if (o.overwrite && !o.init_adapter.empty() && is_within(o.init_adapter, run.dir)) {
         return bad_input("--init-adapter %s lies in the run directory that --overwrite replaces",
@@ -291,6 +312,7 @@ inline void execution_restore(Run& run, const std::string& tier) {
 template <class Dev>
 Error data_and_plan(Run& run, Dev& dev, const BaseOptions& base, size_t* longest) {
     const Options& o = run.o;
+    run.has_val_beside = of_rank_0(run, path_exists(val_beside(o)));
     if (Error e = ranks_agree(run, data_read(run))) {
         return e;
     }
@@ -300,7 +322,7 @@ Error data_and_plan(Run& run, Dev& dev, const BaseOptions& base, size_t* longest
     }
     size_t most;
     data_extent(run, longest, &most);
-    plan_wishes(run);
+    plan_wishes(run, dev);
     const uint64_t memory = memory_of_ranks(run, dev);
     Error e = plan_choose(run.plan, dev, run.c, run.lora, base, *longest, most, o.pass_tokens, o.recompute, memory);
     if (run.checkpoint.step >= 0) {
@@ -321,7 +343,7 @@ Error data_and_plan(Run& run, Dev& dev, const BaseOptions& base, size_t* longest
 
 // Every rank was given the same: another data file or setting on one machine would be silently wrong training.
 template <class Dev>
-Error same_check(const Run& run, const Dev& dev) {
+Error same_check(Run& run, const Dev& dev) {
     if (ranks_of(run) == nullptr) {
         return {};
     }
@@ -354,14 +376,18 @@ Error base_open(Run& run, Llama<Dev>& m, const BaseOptions& base) {
         return llama_random(m, base);
     }
     std::vector<std::string> warnings;
-    if (Error e = llama_load(m, &run.base_hash, warnings, run.model_dir, base, run.o.save_base)) {
+    const bool saved = of_rank_0(run, run.o.resume && path_exists(path_join(run.o.save_base, "config.json")));
+    const std::string save = saved ? "" : run.o.save_base;
+    if (Error e = llama_load(m, &run.base_hash, warnings, run.model_dir, base, save)) {
         return e;
     }
     for (const std::string& w : warnings) {
         console_warn(run.console, "%s", w.c_str());
     }
     console_fact(run.console, "base read in %.1f s%s%s", seconds_now() - t,
-                 run.o.save_base.empty() ? "" : ", and saved: the next start is quick with -m ",
+                 saved           ? ", the saved one is there already: new runs start quickly with -m "
+                 : !save.empty() ? ", and saved: new runs start quickly with -m "
+                                 : "",
                  run.o.save_base.c_str());
     return {};
 }
@@ -396,13 +422,18 @@ Error model_ready(Run& run, Llama<Dev>& m, const BaseOptions& base, size_t longe
         llama_adapter_init(m, run.o.seed);
         return {};
     }
+    const bool on_host = run.plan.paged && moments_slab_bytes(m.dev) > 0;
     if (run.checkpoint.step < 0) {
-        return ranks_agree(run, adapter_load(m, run.o.init_adapter));
+        Error e = on_rank_0(run, [&] { return adapter_load(m, run.o.init_adapter); });
+        if (!e && m.dev.comm != nullptr) {
+            adapter_share(m, on_host);
+        }
+        return e;
     }
     Error e = ranks_agree(run, state_restore(run, keep_log));
     e = e ? e : on_rank_0(run, [&] { return checkpoint_restore(m, run.checkpoint); });
     if (!e && m.dev.comm != nullptr) {
-        adapter_share(m, run.plan.paged && moments_slab_bytes(m.dev) > 0);
+        adapter_share(m, on_host);
     }
     if (!e) {
         console_fact(run.console, "going on after step %lld of %lld (%s)", (long long)run.step, (long long)run.steps,

@@ -68,6 +68,17 @@ static int threads_of_rank(const Comm& comm) {
     return fair_share(masks.data(), mine.size(), comm.local_rank, comm.local_size);
 }
 
+// Something deep inside that cannot go on calls exit(). The others would wait for ever, unless the launcher ends them,
+// and they would not know who it was. size 1: all have met on the way out, or there are no others.
+static Comm others;
+static void end_others() {
+    if (others.size > 1) {
+        const Comm ranks = others;
+        fprintf(stderr, "error: rank %d of %d (%s) has ended\n", ranks.rank, ranks.size, host_name().c_str());
+        comm_abort(ranks, 1);
+    }
+}
+
 std::string comm_open(Comm& comm) {
     comm = {};
     Launcher launcher = launcher_find();
@@ -87,6 +98,8 @@ std::string comm_open(Comm& comm) {
                "make MPICXX=/path/to/its/mpicxx";
     }
     CommState* s = comm.state = new CommState;
+    others = comm;
+    atexit(end_others);  // after MPI_Init, so that it runs before what MPI itself does at an exit
     MPI_Comm_dup(MPI_COMM_WORLD, &s->ordinary);
     MPI_Comm_dup(MPI_COMM_WORLD, &s->beside);
     MPI_Comm_dup(MPI_COMM_WORLD, &s->way_out);
@@ -118,6 +131,7 @@ void comm_close(Comm& comm) {
     if (s == nullptr) {
         return;
     }
+    others = {};
     for (MPI_Comm* c : {&s->ordinary, &s->beside, &s->way_out, &s->machine}) {
         MPI_Comm_free(c);
     }
@@ -129,6 +143,7 @@ void comm_close(Comm& comm) {
 
 void comm_abort(const Comm& comm, int status) {
     fflush(nullptr);
+    others = {};  // MPI_Abort may call exit
     if (comm.state != nullptr) {
         MPI_Abort(MPI_COMM_WORLD, status);
     }

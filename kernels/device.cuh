@@ -160,8 +160,9 @@ inline std::string device_count(int& count) {
     return e == cudaSuccess ? "" : std::string("the NVIDIA driver reports: ") + cudaGetErrorString(e);
 }
 
-// The first usable card becomes this thread's; with several ranks on this machine the local_rank-th, unless only one is
-// visible: the launcher then shows each rank its own, or comm_attach finds that they share it.
+// The first usable card becomes this thread's; with several ranks on this machine the local_rank-th. Fewer cards than
+// ranks may be a launcher's choice, which shows each rank some of its own: only one, or several, that
+// CUDA_VISIBLE_DEVICES names. comm_attach finds the ranks that share one after all.
 inline std::string device_choose(GpuInfo& info, int local_rank, int local_size) {
     int count = 0;
     std::string why = device_count(count);
@@ -175,13 +176,13 @@ inline std::string device_choose(GpuInfo& info, int local_rank, int local_size) 
         }
     }
     const int cards = int(usable.size());
-    if (cards > 1 && cards < local_size) {
+    if (cards > 1 && cards < local_size && getenv("CUDA_VISIBLE_DEVICES") == nullptr) {
         return std::to_string(local_size) + " ranks on this machine, " + std::to_string(cards) +
                " usable GPUs: start one rank a GPU (mpirun -n " + std::to_string(cards) +
                "), or spread the ranks over more machines";
     }
     if (cards > 1 && local_size > 1) {
-        return device_refusal(usable[size_t(local_rank)], info);
+        return device_refusal(usable[size_t(local_rank % cards)], info);
     }
     for (int i : usable) {
         const std::string refused = device_refusal(i, info);

@@ -1,10 +1,12 @@
-// Tensors over ranks in a program built with CUDA and without NCCL: one rank is all there is. What several ranks would
-// need is refused by comm_attach, so the other functions are never called with work to do.
+// Tensors over ranks in a program built with CUDA and without NCCL: one rank is all there is. comm_attach refuses
+// several, and leaves dev.comm nullptr for one, also when a launcher started it. That one trains as any process does,
+// with its base whole, and nobody calls the other functions with work to do.
 #include "kernels/comm.h"
 #include "kernels/gpu.h"
 
 template <class X>
-std::string comm_attach(Gpu<X>&, const Comm& comm) {
+std::string comm_attach(Gpu<X>& dev, const Comm& comm) {
+    dev.comm = nullptr;
     return comm.size > 1 ? "this program was built without NCCL, through which ranks on GPUs speak: install it "
                            "(libnccl-dev or libnccl-devel, from NVIDIA's CUDA repository) and build again with "
                            "make train_llama, or train with --device cpu"

@@ -19,6 +19,8 @@ else
     exit 1
 fi
 
+command -v mpicxx >/dev/null && optional=""  # whichever MPI it is
+
 wanted=() extra=()
 for package in $packages "$@"; do
     installed "$package" || wanted+=("$package")
@@ -27,7 +29,7 @@ for package in $optional; do
     installed "$package" || extra+=("$package")
 done
 if [ ${#wanted[@]} = 0 ] && [ ${#extra[@]} = 0 ]; then
-    say "nothing to install ($packages $optional)"
+    say "nothing to install ($packages${optional:+ $optional})"
     exit 0
 fi
 

@@ -12,7 +12,7 @@ trap 'rm -rf "$work"' EXIT
 missing=0
 apt="" dnf="" conda=""
 ok() { echo "  ✓ $1"; }
-no() { echo "  ✗ $1"; }
+no() { echo "  ✗ $*"; }
 need() {  # what, apt, dnf, conda
     no "$1"
     missing=1 apt="$apt $2" dnf="$dnf $3" conda="$conda $4"
@@ -212,7 +212,8 @@ else
         >"$work/log" 2>&1; then
         have_cuda=1
         ok "CUDA: $NVCC $release with cuBLASLt, sm_${archs// / sm_} ($why)"
-        printf '%s\n' '#include <nccl.h>' 'int main() {
+        printf '%s\n' '#include <nccl.h>' \
+            'static_assert(NCCL_VERSION_CODE >= NCCL_VERSION(2, 17, 0), "NCCL is older than 2.17");' 'int main() {
             ncclUniqueId id;
             return ncclGetUniqueId(&id); }' >"$work/probe.cu"
         if [ -z "$NCCL" ]; then
@@ -222,6 +223,9 @@ else
             have_nccl=1
             cuda_libraries="-lnccl $cuda_libraries"
             ok "NCCL"
+        elif grep -q 'NCCL is older than' "$work/log"; then
+            no "NCCL: older than 2.17, GPUs train alone (a newer one: apt install libnccl-dev libnccl2," \
+                "dnf install libnccl-devel, conda install nccl)"
         else
             no "NCCL: not found, GPUs train alone (apt install libnccl-dev libnccl2, dnf install libnccl-devel," \
                 "conda install nccl)"

@@ -4,7 +4,8 @@
 #   HOSTS="alpha beta" scripts/run_two_nodes.sh -m DIR -i data.jsonl -r 16 [any option of train_llama]
 #
 #   PER_HOST=8    ranks on each: its GPUs, or 1 for CPUs (default: the GPUs that nvidia-smi lists here, else 1)
-#   NETWORK=eth0  the interface between them, where there are several (an address range does too: 10.0.0.0/24)
+#   NETWORK=eth0  the interface between them, where there are several (an address range does for MPI: 10.0.0.0/24;
+#                 NCCL then chooses by itself)
 #   GRACE=60      seconds that Ctrl-C or TERM leaves for the step at hand and its checkpoint, before mpirun kills (its
 #                 own default is 1; it waits them out, also when a rank has died)
 #   AGENT=ssh     how a command is started on another host
@@ -41,8 +42,14 @@ done
 
 network=()
 if [ -n "${NETWORK:-}" ]; then
-    export NCCL_SOCKET_IFNAME=$NETWORK
-    network=(--mca btl_tcp_if_include "$NETWORK" --mca oob_tcp_if_include "$NETWORK" -x NCCL_SOCKET_IFNAME)
+    export OMPI_MCA_btl_tcp_if_include=$NETWORK
+    export OMPI_MCA_oob_tcp_if_include=$NETWORK PRTE_MCA_prte_if_include=$NETWORK
+    case $NETWORK in
+        */*) ;;  # NCCL takes names alone
+        *) export NCCL_SOCKET_IFNAME=$NETWORK && network=(-x NCCL_SOCKET_IFNAME) ;;
+    esac
 fi
-export OMPI_MCA_odls_base_sigkill_timeout=${GRACE:-60} OMPI_MCA_plm_rsh_agent=$agent
+# Open MPI 4 reads OMPI_*; the launcher of 5 reads PRTE_*.
+export OMPI_MCA_odls_base_sigkill_timeout=${GRACE:-60} PRTE_MCA_odls_base_sigkill_timeout=${GRACE:-60}
+export OMPI_MCA_plm_rsh_agent=$agent PRTE_MCA_plm_ssh_agent=$agent
 exec "$mpirun" -n "$ranks" --host "$list" --bind-to none "${network[@]}" "$program" "$@"

@@ -8,6 +8,7 @@
 #include <thread>
 #include <vector>
 
+#include <sched.h>
 #include <unistd.h>
 
 #include "dev/tests/ranks.h"
@@ -220,7 +221,10 @@ static void of_this_machine() {
               comm_host(test_comm).c_str());
     }
     // Tied to no cores: all ranks share all of them.
-    int cores = int(std::thread::hardware_concurrency());
+    std::vector<unsigned char> mask(8192);
+    cpu_set_t* cpus = reinterpret_cast<cpu_set_t*>(mask.data());
+    sched_getaffinity(0, mask.size(), cpus);
+    int cores = CPU_COUNT_S(mask.size(), cpus);
     int expected = test_comm.size == 1 ? 0 : std::max(1, cores / test_comm.size);
     CHECK(comm_threads(test_comm) == expected, "%d threads of %d cores", comm_threads(test_comm), cores);
 }
@@ -255,6 +259,13 @@ static void kill_of_one() {
     comm_barrier(test_comm);
 }
 
+static void exit_of_one() {
+    if (test_comm.rank == 1) {
+        exit(1);
+    }
+    comm_barrier(test_comm);
+}
+
 static void failure_of_one() {
     CHECK(test_comm.rank != 1, "as planned");
 }
@@ -262,6 +273,7 @@ static void failure_of_one() {
 extern const Test ends_comm_tests[] = {
     {"abort_of_one", abort_of_one},
     {"kill_of_one", kill_of_one},
+    {"exit_of_one", exit_of_one},
     {"failure_of_one", failure_of_one},
     {nullptr, nullptr},
 };
@@ -307,6 +319,17 @@ static void one_that_is_killed_ends_all() {
     if (ranks_can_start()) {
         one_ends_all("ends_comm/kill_of_one", code, out);
         CHECK(code != 0 && code != 124, "exit %d: %s", code, out.c_str());
+    }
+}
+
+// As where memory or a card fails, deep inside.
+static void one_that_exits_ends_all() {
+    int code = 0;
+    std::string out;
+    if (ranks_can_start()) {
+        one_ends_all("ends_comm/exit_of_one", code, out);
+        const std::string who = "error: rank 1 of 3 (" + comm_host(Comm()) + ") has ended\n";
+        CHECK(code == 1 && text_has(out, who), "exit %d: %s", code, out.c_str());
     }
 }
 
@@ -398,6 +421,7 @@ extern const Test comm_tests[] = {
     {"inner_in_pieces", inner_in_pieces},
     {"one_that_aborts_ends_all", one_that_aborts_ends_all},
     {"one_that_is_killed_ends_all", one_that_is_killed_ends_all},
+    {"one_that_exits_ends_all", one_that_exits_ends_all},
     {"one_that_fails_is_seen", one_that_fails_is_seen},
     {nullptr, nullptr},
 };

@@ -1,5 +1,5 @@
 // Which base fits on how many cards, by the plan: the memory that CUDA gives of a card, less what NCCL may take of it.
-#include "dev/tests/test.h"
+#include "dev/tests/gpu.h"
 #define HAVE_GPU 1
 #include "train_forecast.h"
 
@@ -15,11 +15,11 @@ static void bases_that_fit() {
         {"70b", 2, 2048, false, false, 24207 - 336}, {"70b", 1, 512, true, false, 24207},
         {"405b", 8, 2048, false, true, 80998 - 624}, {"405b", 2, 2048, false, false, 80998 - 336},
     };
-    Gpu<bf16> dev;
-    const std::string why = device_open(dev, 1);
-    if (!CHECK(why.empty(), "%s", why.c_str())) {
+    GpuDevice<bf16> here;
+    if (!here.ok) {
         return;
     }
+    Gpu<bf16>& dev = here;
     for (const auto& k : known) {
         LlamaConfig c;
         Error e = llama_config_shape(c, k.shape);
@@ -35,7 +35,6 @@ static void bases_that_fit() {
             CHECK(layer > size_t(22) * 438000000 && layer < size_t(22) * 442000000, "%zu bytes of layers", layer);
         }
     }
-    device_close(dev);
 }
 
 extern const Test gpu_forecast_tests[];

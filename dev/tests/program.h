@@ -38,11 +38,14 @@ inline std::vector<Json> log_records(const std::string& dir) {
     std::string text = file_text(dir + "/log.jsonl");
     for (size_t at = 0; at < text.size();) {
         size_t end = text.find('\n', at);
+        if (!CHECK(end != std::string::npos, "log.jsonl: the last line has no end")) {
+            break;
+        }
         Json j;
         Error e = json_parse(j, text.data() + at, end - at, "log.jsonl");
-        CHECK(!e && end != std::string::npos, "log.jsonl: %s", e.what.c_str());
+        CHECK(!e, "log.jsonl: %s", e.what.c_str());
         records.push_back(j);
-        at = end == std::string::npos ? text.size() : end + 1;
+        at = end + 1;
     }
     return records;
 }

@@ -26,7 +26,7 @@ static std::string mixed_data() {
 }
 
 static int train_ranks(std::string* output, int n, const std::string& arguments, const std::string& environment = "") {
-    return run_ranks(output, n, program() + " " + arguments, "CUDA_VISIBLE_DEVICES= " + environment, 100);
+    return run_ranks(output, n, program() + " " + arguments, "CUDA_VISIBLE_DEVICES= " + environment, 300);
 }
 
 static std::vector<double> losses_of(const std::string& dir) {
@@ -92,14 +92,14 @@ static void any_count_trains_the_same() {
         return;
     }
     const std::string root = test_directory(), val = small_data(20, "data_val.jsonl");
-    const std::string common = "-q -i " + mixed_data() + base() + " -r 8 -b 12 -n 50 --eval-every 25 --val " + val +
-                               " --dropout 0.1 --device cpu --threads 1 -o " + root + "/";
+    const std::string common = "-q -i " + mixed_data() + base() + " -r 8 -b 12 --eval-every 25 --val " + val +
+                               " --dropout 0.1 --device cpu --threads 1 -n ";
     std::string out;
-    int code = train(&out, common + "alone");
+    int code = train(&out, common + "50 -o " + root + "/alone");
     CHECK(code == 0, "exit %d\n%s", code, out.c_str());
     for (int n : {1, 2, 3, 4}) {
         const std::string dir = root + "/" + std::to_string(n);
-        code = train_ranks(&out, n, common + std::to_string(n));
+        code = train_ranks(&out, n, common + "50 -o " + dir);
         if (!CHECK(code == 0, "%d ranks: exit %d\n%s", n, code, out.c_str())) {
             return;
         }
@@ -108,18 +108,42 @@ static void any_count_trains_the_same() {
               "%d ranks: another report of the data", n);
     }
     CHECK(adapter_bytes(root + "/alone") == adapter_bytes(root + "/1"), "one rank of mpirun: other bytes than alone");
-    code = train_ranks(&out, 3, common + "again");
-    CHECK(code == 0 && adapter_bytes(root + "/3") == adapter_bytes(root + "/again"),
-          "3 ranks twice: other bytes (%d)\n%s", code, out.c_str());
-    // with passes of one document or two, ranks have different numbers of them
-    for (const char* more : {"", " --pass-tokens 160 --recompute full"}) {
-        const std::string whole = root + (*more ? "/3p" : "/3"), spread = root + (*more ? "/3ps" : "/3s");
-        code = *more ? train_ranks(&out, 3, common + "3p" + more) : 0;
-        code = code ? code : train_ranks(&out, 3, common + (*more ? "3ps" : "3s") + more + " --shard-base");
-        CHECK(code == 0 && adapter_bytes(whole) == adapter_bytes(spread), "--shard-base%s: other bytes (%d)\n%s", more,
-              code, out.c_str());
+}
+
+static void same_count_same_bytes() {
+    if (!ranks_can_start()) {
+        return;
     }
-    CHECK(json_write(*record_of(root + "/3s", "plan").find("base_spread")) == "true", "the base was not spread");
+    const std::string root = test_directory(), val = small_data(7, "data_val.jsonl");
+    const std::string common = "-q -i " + mixed_data() + base() + " -r 8 -b 12 -n 7 --eval-every 3 --val " + val +
+                               " --dropout 0.1 --device cpu --threads 1 -o " + root + "/";
+    // with passes of one document or two, ranks have different numbers of them
+    const char* const parts = " --pass-tokens 160 --recompute full";
+    const struct {
+        const char* name;
+        std::string more;
+        const char* like;
+    } runs[] = {
+        {"plain", "", "plain"},
+        {"again", "", "plain"},
+        {"spread", " --shard-base", "plain"},
+        {"parts", parts, "parts"},
+        {"parts_spread", std::string(parts) + " --shard-base", "parts"},
+        {"whole_base", " --quant none", "whole_base"},
+        {"whole_base_spread", " --quant none --shard-base", "whole_base"},
+    };
+    std::string out;
+    for (const auto& r : runs) {
+        const int code = train_ranks(&out, 3, common + r.name + r.more);
+        if (!CHECK(code == 0, "%s: exit %d\n%s", r.name, code, out.c_str())) {
+            return;
+        }
+        CHECK(adapter_bytes(root + "/" + r.name) == adapter_bytes(root + "/" + r.like), "%s: other bytes than %s",
+              r.name, r.like);
+    }
+    const Json plan = record_of(root + "/spread", "plan");
+    const Json* spread = plan.find("base_spread");
+    CHECK(spread != nullptr && spread->boolean, "the base was not spread: %s", json_write(plan).c_str());
 }
 
 static void tokens_are_dealt_evenly() {
@@ -223,31 +247,66 @@ static void one_rank_fails_all_end() {
     }
     const std::string root = test_directory(), data = small_data(8), other = root + "/other.jsonl";
     write_text(other, file_text(data) + file_text(data));
-    const std::string common = "exec env CUDA_VISIBLE_DEVICES= " + program() + base() +
-                               " -q -r 4 -n 2 --val none --device cpu -o " + root + "/r -i ";
-    struct {
+    std::string out;
+    CHECK(run_command(&out, "cp -rL " + source_path("dev/tiny_llama") + " " + root + "/model && cp -rL " + root +
+                                "/model " + root + "/changed") == 0,
+          "%s", out.c_str());
+    std::string weights = file_text(root + "/changed/model.safetensors");
+    weights.back() = char(weights.back() ^ 1);  // a tensor's last byte: another number, as finite
+    write_text(root + "/changed/model.safetensors", weights);
+    const auto command = [&](const std::string& arguments) {
+        return "exec env CUDA_VISIBLE_DEVICES= " + program() + " -q -r 4 -n 2 --device cpu -o " + root + "/r " +
+               arguments;
+    };
+    const std::string plain = " --val none -m " + root + "/model -i " + data;
+    const struct {
         const char* what;
         std::string mine;
         const char* text;
-    } const cases[] = {
-        {"no such data", common + root + "/none.jsonl", "none.jsonl"},
-        {"other data", common + other, "do not read the same bytes"},
-        {"another rate", common + data + " --lr 0.01", "peak_lr"},
-        {"no such option", common + data + " --nonsense", "unknown option"},
+        bool by_all;  // every rank sees it
+    } cases[] = {
+        {"no such data", command(" --val none -m " + root + "/model -i " + root + "/none.jsonl"), "none.jsonl", false},
+        {"other data", command(" --val none -m " + root + "/model -i " + other), "do not read the same bytes", true},
+        {"another base", command(" --val none -m " + root + "/changed -i " + data), "not the model that rank 0", false},
+        {"another rate", command(plain + " --lr 0.01"), "lr (then", false},
+        {"one document a pass", command(plain + " --no-pack"), "no-pack (then false, now true)", false},
+        {"a spread base", command(plain + " --shard-base"), "shard-base", false},
+        {"a dry run", command(plain + " --dry-run"), "dry-run", false},
+        {"other checkpoints", command(plain + " --save-every 1"), "save-every", false},
+        {"no such option", command(plain + " --nonsense"), "unknown option", false},
     };
     for (const auto& c : cases) {
-        std::string out;
-        const int code = run_ranks(&out, 3, by_rank(1, c.mine, common + data), "", 30);
+        const int code = run_ranks(&out, 2, by_rank(1, c.mine, command(plain)), "", 60);
         CHECK(code == 2, "%s: exit %d\n%s", c.what, code, out.c_str());
         CHECK(text_has(out, c.text), "%s: not said:\n%s", c.what, out.c_str());
-        CHECK(text_has(out, "error: rank 1 of 3") == (c.mine != common + other), "%s: whose error?\n%s", c.what,
-              out.c_str());  // that files differ is seen by all
+        CHECK(c.by_all || text_has(out, "error: rank 1 of 2"), "%s: whose error?\n%s", c.what, out.c_str());
     }
-    std::string out;
     const int code = train_ranks(&out, 3, "-q -i " + root + "/none.jsonl" + base());
     const size_t first = out.find("error: ");
     CHECK(code == 2 && first != std::string::npos && out.find("error: ", first + 1) == std::string::npos,
           "an error of all is said once: exit %d\n%s", code, out.c_str());
+}
+
+// <input>_val.jsonl beside the data on rank 0's machine decides for all: where it is missing that rank says so.
+static void held_out_data_beside_rank_0() {
+    if (!ranks_can_start()) {
+        return;
+    }
+    const std::string root = test_directory(), data = file_text(small_data(6));
+    std::string out;
+    CHECK(run_command(&out, "mkdir " + root + "/with " + root + "/without") == 0, "%s", out.c_str());
+    for (const char* dir : {"/with", "/without"}) {
+        write_text(root + dir + "/d.jsonl", data);
+    }
+    write_text(root + "/with/d_val.jsonl", file_text(small_data(3, "data_val.jsonl")));
+    const auto command = [&](const char* dir, const char* to) {
+        return "exec env CUDA_VISIBLE_DEVICES= " + program() + base() + " -q -r 4 -n 1 --device cpu -o " + root + to +
+               " -i " + root + dir + "/d.jsonl";
+    };
+    int code = run_ranks(&out, 2, by_rank(1, command("/without", "/a"), command("/with", "/a")), "", 60);
+    CHECK(code == 2 && text_has(out, "rank 1 of 2") && text_has(out, "d_val.jsonl"), "exit %d\n%s", code, out.c_str());
+    code = run_ranks(&out, 2, by_rank(1, command("/with", "/b"), command("/without", "/b")), "", 60);
+    CHECK(code == 0, "beside another rank's data alone: exit %d\n%s", code, out.c_str());
 }
 
 static void a_killed_rank_ends_all() {
@@ -305,7 +364,8 @@ static void a_signal_stops_and_saves() {
     const int code = run_ranks(&out, 2, command, "", 60);
     CHECK(code == 143, "exit %d\n%s", code, out.c_str());
     const Json end = record_of(root + "/r", "end");
-    CHECK(end.find("reason")->string == "signal", "%s", json_write(end).c_str());
+    const Json* reason = end.find("reason");
+    CHECK(reason != nullptr && reason->string == "signal", "%s", json_write(end).c_str());
     CHECK(text_has(out, "go on with"), "%s", out.c_str());
 }
 
@@ -320,6 +380,11 @@ static void saved_base_is_the_same_base() {
           "from the saved base: other bytes (%d)\n%s", code, out.c_str());
     CHECK(train(&out, common + "c --save-base " + root + "/base" + base()) == 2 && text_has(out, "base"),
           "written over:\n%s", out.c_str());
+    code = train(&out, common + "a --resume --save-base " + root + "/base" + base());
+    CHECK(code == 0, "resumed with --save-base: exit %d\n%s", code, out.c_str());
+    CHECK(train(&out, common + "n --save-base " + root + "/n/base" + base()) == 2 &&
+              text_has(out, "lies in the run directory") && !path_exists(root + "/n"),
+          "into the run directory:\n%s", out.c_str());
     CHECK(train(&out, common + "d --save-base " + root + "/other -m " + root + "/base") == 2 &&
               text_has(out, "nothing to save"),
           "saved again:\n%s", out.c_str());
@@ -404,6 +469,8 @@ extern const Test ranks_trainer_tests[] = {
 extern const Test trainer_ranks_tests[] = {
     {"deal_is_longest_first", deal_is_longest_first},
     {"any_count_trains_the_same", any_count_trains_the_same},
+    {"same_count_same_bytes", same_count_same_bytes},
+    {"held_out_data_beside_rank_0", held_out_data_beside_rank_0},
     {"tokens_are_dealt_evenly", tokens_are_dealt_evenly},
     {"fewer_examples_than_ranks", fewer_examples_than_ranks},
     {"resumes_with_another_count", resumes_with_another_count},
