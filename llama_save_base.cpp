@@ -6,6 +6,7 @@
 #include <cstring>
 #include <filesystem>
 
+#include "io/pack.h"
 #include "kernels/cpu/nf4.h"  // for the table of codes alone
 
 static const char* const HINT = "give a new or empty directory with --save-base, on a disk with room for the base";
@@ -51,17 +52,7 @@ void bnb_tensors(std::vector<HostTensor>& out, const std::string& weight_name, c
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// tensors as one string: | u64 tensors | per tensor: name, dtype, u64 dimensions, u64 each, bytes |, where a string is
-// a u64 of its length and its bytes. Little endian, as every machine that the program runs on.
-
-static void put_u64(std::string& out, uint64_t v) {
-    out.append(reinterpret_cast<const char*>(&v), sizeof v);
-}
-
-static void put_string(std::string& out, const std::string& s) {
-    put_u64(out, s.size());
-    out += s;
-}
+// tensors as one string: how many, then of each the name, dtype, shape, bytes (io/pack.h)
 
 std::string host_tensors_pack(const std::vector<HostTensor>& tensors) {
     size_t bytes = 8;
@@ -70,63 +61,29 @@ std::string host_tensors_pack(const std::vector<HostTensor>& tensors) {
     }
     std::string out;
     out.reserve(bytes);
-    put_u64(out, tensors.size());
+    pack_number(out, tensors.size());
     for (const HostTensor& t : tensors) {
-        put_string(out, t.name);
-        put_string(out, t.dtype);
-        put_u64(out, t.shape.size());
-        for (uint64_t d : t.shape) {
-            put_u64(out, d);
-        }
-        put_string(out, t.bytes);
+        pack_list(out, t.name);
+        pack_list(out, t.dtype);
+        pack_list(out, t.shape);
+        pack_list(out, t.bytes);
     }
     return out;
 }
 
-struct Unpacker {
-    const std::string& text;
-    size_t at = 0;
-
-    bool u64(uint64_t& v) {
-        if (text.size() - at < sizeof v) {
-            return false;
-        }
-        memcpy(&v, text.data() + at, sizeof v);
-        at += sizeof v;
-        return true;
-    }
-    bool string(std::string& s) {
-        uint64_t n;
-        if (!u64(n) || n > text.size() - at) {
-            return false;
-        }
-        s.assign(text, at, size_t(n));
-        at += size_t(n);
-        return true;
-    }
-    bool tensor(HostTensor& t) {
-        uint64_t dimensions;
-        if (!string(t.name) || !string(t.dtype) || !u64(dimensions) || dimensions > (text.size() - at) / 8) {
-            return false;
-        }
-        t.shape.resize(size_t(dimensions));
-        for (uint64_t& d : t.shape) {
-            u64(d);
-        }
-        return string(t.bytes);
-    }
-};
-
 bool host_tensors_unpack(std::vector<HostTensor>& out, const std::string& text) {
     out.clear();
-    Unpacker u{text};
-    uint64_t n;
-    bool good = u.u64(n);
-    for (uint64_t i = 0; good && i < n; i++) {  // a count that is wrong meets the text's end
+    Unpack u{text};
+    const uint64_t n = unpack_number(u);
+    for (uint64_t i = 0; u.fine && i < n; i++) {  // a count that is wrong meets the text's end
         out.emplace_back();
-        good = u.tensor(out.back());
+        HostTensor& t = out.back();
+        unpack_list(u, t.name);
+        unpack_list(u, t.dtype);
+        unpack_list(u, t.shape);
+        unpack_list(u, t.bytes);
     }
-    good = good && u.at == text.size();
+    const bool good = u.fine && u.at == text.size();
     if (!good) {
         out.clear();
     }

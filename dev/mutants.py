@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
 """Plants faults in the program, one at a time, and checks that the tests notice each.
 
-    mutants.py [--only SUBSTRING] [--list] [--check] [--jobs N] [--work DIR] [--output FILE]
+    mutants.py [--only SUBSTRING]... [--list] [--check] [--jobs N] [--work DIR] [--output FILE]
 
 A fault is a piece of text of one source file and what replaces it. The tree itself is never touched: faults are planted
 in a copy. What depends on the changed file (g++ -MMD says it) is compiled again and linked with the other objects and
 with the test groups that the fault names. A fault is caught when one of those tests fails, by a check or by a crash;
 the same tests must pass without it. A fault that does not compile counts as missed. The GPU's kernels are compiled as
-the stand-in of dev/simt, which runs them on the CPU; their faults are in mutants_gpu.py.
+the stand-in of dev/simt, which runs them on the CPU; their faults are in mutants_gpu.py. Faults of many ranks are in
+mutants_ranks.py; their tests start mpirun, and without MPI (mpicxx, or what the environment variable MPICXX names) they
+are left out.
 
 Writes the tables of faults and tests to --output (all faults, so not with --only). --check compiles nothing: it says
 whether the text of every fault stands in its file, as often as the fault says. The last line is
@@ -22,6 +24,7 @@ import contextlib
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -31,6 +34,7 @@ import time
 sys.dont_write_bytecode = True  # of the module below: the tree stays as it is
 from mutants_gpu import FAULTS as GPU_FAULTS
 from mutants_gpu import Fault
+from mutants_ranks import FAULTS as RANKS_FAULTS
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 X86 = platform.machine() in ("x86_64", "AMD64")
@@ -38,10 +42,15 @@ FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-fopenmp", "-w"] + (["-march
 TIERS = {"kernels/cpu/isa_avx2.cpp": ["-mavx2", "-mfma", "-mf16c", "-mbmi2"],
          "kernels/cpu/isa_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vbmi", "-mavx2",
                                         "-mfma", "-mf16c", "-mbmi2", "-mprefer-vector-width=512"]}
-# What decides whether the program is one for a GPU; nothing else asks.
-DEFINES = {"train_llama.cu": ["-DHAVE_GPU=0"]}
+# Whether the program is one for a GPU. test_llama.cu has the groups of all kinds, those not linked without a test.
+DEFINES = {"train_llama.cu": ["-DHAVE_GPU=0"], "test_llama.cu": ["-DHAVE_GPU=2"]}
 # The GPU's kernels, for groups of tests named gpu_...
-GPU_SOURCES = ["kernels/gpu.cu", "kernels/gpu_attention.cu", "kernels/gpu_nf4.cu"]
+GPU_SOURCES = ["kernels/gpu.cu", "kernels/gpu_attention.cu", "kernels/gpu_comm.cu", "kernels/gpu_nf4.cu",
+               "dev/simt/nccl.cpp"]
+# Of the library, one of the first two is linked.
+COMM_SOURCES = {"kernels/comm_mpi.cpp", "kernels/comm_none.cpp", "kernels/gpu_comm_none.cpp"}
+TEST_SOURCES = ["test_llama.cu", "dev/tests/test.cpp", "dev/tests/comm.cpp"]  # of every group
+PROGRAM_GROUPS = {"trainer", "trainer_ranks"}  # tests that run the program itself
 # Of the tests. A stream that does not wait for another one's event runs before it, or after: as a card's may.
 ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "SIMT_STREAMS": "queues"}
 LIBRARIES = ["-lpcre2-8", "-lcrypto"]
@@ -111,14 +120,15 @@ FAULTS = [
           "best = logits[v] <= max;", "classifier/"),
     Fault("gradients are a mean of the passes' means", "train_step.h", "true, 1 / double(r.targets))",
           "true, 1 / double(passes.size() * b.n_labels))", "model/accumulation"),
-    Fault("only the last pass's gradient counts", "train_step.h", "        llama_backward(m, p);",
-          "        llama_zero_gradients(m); llama_backward(m, p);", "model/accumulation"),
-    Fault("the head reads the embedding though it is not tied", "llama_io.h", "if (m.c.tied) {\n            m.w.head",
-          "if (true) {\n            m.w.head", "model/dump_gqa", (1, 2)),
-    Fault("a stored head is used though it is tied", "llama_io.h", "m.w.head = m.w.embed;",
-          "m.w.head = m.w.embed; if (safetensors_find(r.st, \"lm_head.weight\")) { LoadWeights<Dev> more{m, r, "
-          "options, {}}; more.matrix(\"lm_head.weight\", m.w.head, m.c.V, m.c.C, false); }", "load/ model/dump_tied",
-          (1, 2)),
+    Fault("only the last pass's gradient counts", "train_step.h", "llama_backward(m, p, last);",
+          "llama_zero_gradients(m); llama_backward(m, p, last);", "model/accumulation"),
+    Fault("the head reads the embedding though it is not tied", "llama_io.h", "if (m.c.tied) { m.w.head",
+          "if (true) { m.w.head", "model/dump_gqa"),
+    Fault("a stored head is used though it is tied", "llama_io.h", "e = tied_head_warning(r, m.c, warnings);",
+          "e = tied_head_warning(r, m.c, warnings); if (m.c.tied && safetensors_find(r.st, \"lm_head.weight\")) { "
+          "uint8_t* own; llama_alloc(m, own, m.w.head.elements() * store_bytes(m.w.head.store), \"a head\"); "
+          "m.w.head.data = own; LoadUnit<Dev> more{m, r, options, nullptr, {}}; more.matrix(\"lm_head.weight\", "
+          "m.w.head, m.c.V, m.c.C, false); }", "load/ model/dump_tied"),
 
     # ---- LoRA and dropout
     Fault("LoRA's scale is alpha r", "llama.h", ": alpha / r;", ": alpha * r;", "model/dump_gqa"),
@@ -164,7 +174,7 @@ FAULTS = [
           "schedule/"),
     Fault("every epoch has the same order", "train_run.h", "STREAM_ORDER, uint64_t(epoch))",
           "STREAM_ORDER, uint64_t(0))", "schedule/"),
-    Fault("dropout seed not that of the run", "train_llama.cu", "m.dropout_seed = run.o.seed;",
+    Fault("dropout seed not that of the run", "train_setup.h", "m.dropout_seed = run.o.seed;",
           "m.dropout_seed = uint64_t(getpid());", "trainer/same_run"),
     Fault("Philox with seven rounds", "kernels/random.h", "round < 10", "round < 7", "random/"),
     Fault("a permutation leaves nothing in its place", "kernels/random.h", "uint64_t(i) + 1))",
@@ -260,40 +270,38 @@ FAULTS = [
           "if (false)", "run/"),
     Fault("resume without the second moments", "train_checkpoint.h", "m.adapter.m : m.adapter.v",
           "m.adapter.m : m.adapter.m", "trainer/killed_and_resumed"),
-    Fault("resume with changed data", "train_checkpoint.h", "if (was != is)", "if (false)", "trainer/resume_refuses"),
+    Fault("resume with changed data", "train_run.h", "if (was != is)", "if (false)", "trainer/resume_refuses"),
     Fault("resume with another rate", "io/options.cpp", "if (!resume || (s.flags",
           "if (true || !resume || (s.flags", "options/"),
     Fault("a non-finite gradient goes into the update", "train_step.h",
           "if (!std::isfinite(r.loss) || !std::isfinite(r.grad_norm))", "if (false)", "model/non_finite"),
 ]
 
-# One group of tests as a program: GROUP/NAME for every test whose name has one of the arguments in it.
-MAIN = r"""#include <cstdio>
-#include <string>
-#include "dev/tests/test.h"
-extern const Test GROUP_TESTS[];
-int main(int argc, char** argv) {
-    for (const Test* t = GROUP_TESTS; t->name != nullptr; t++) {
-        const std::string name = std::string(GROUP_NAME "/") + t->name;
-        for (int i = 1; i < argc; i++) {
-            if (name.find(argv[i]) != std::string::npos) {
-                printf("\nrun %s\n", name.c_str());
-                fflush(stdout);
-                test_state = TestState();
-                test_state.name = t->name;
-                t->run();
-                printf("\nend %s\n", test_state.failures > 0 ? "failed" : test_state.skipped ? "skipped" : "passed");
-                fflush(stdout);
-                break;
-            }
-        }
-    }
-}
-"""
-
-
 class BuildFailed(Exception):
     pass
+
+
+class Mpi:
+    """What an MPI's compiler wrapper adds to a command, without its C++ bindings, as scripts/probe.sh takes it; none is
+    there: found is False."""
+
+    def __init__(self):
+        wrapper = shutil.which(os.environ.get("MPICXX", "mpicxx")) if os.environ.get("MPICXX") != "" else None
+        self.found, self.flags, self.libraries, self.run = wrapper is not None, [], [], ""
+        if wrapper is None:
+            return
+        shown = subprocess.run([wrapper, "-show"], capture_output=True, text=True).stdout
+        words = shlex.split(re.sub(r"(?<!\S)-([ILlD]) +", r"-\1", shown))
+        bindings = ("-lmpi_cxx", "-lmpichcxx", "-lmpicxx", "-lmpi++")
+        self.flags = ["-DOMPI_SKIP_MPICXX", "-DMPICH_SKIP_MPICXX"] + [w for w in words if w[:2] in ("-I", "-D")]
+        self.libraries = [w for w in words if (w[:2] in ("-L", "-l") or w.startswith("-Wl,")) and w not in bindings]
+        self.libraries += ["-Wl,-rpath," + w[2:] for w in words if w.startswith("-L")]
+        beside = re.sub(r"mpi(cxx|c\+\+|CC)([^/]*)$", r"mpirun\2", wrapper)
+        self.run = beside if beside != wrapper and os.access(beside, os.X_OK) else "mpirun"
+
+    def defines(self):
+        return {"kernels/comm_mpi.cpp": self.flags, "dev/simt/nccl.cpp": ["-DHAVE_MPI=%d" % self.found] + self.flags,
+                "dev/tests/comm.cpp": ['-DMPIRUN="%s"' % self.run]}
 
 
 def source_files(root):
@@ -352,16 +360,15 @@ def check_texts(faults):
 class Build:
     """Objects of the copy in work/obj, those of the present fault in work/fault."""
 
-    def __init__(self, work, jobs):
+    def __init__(self, work, jobs, mpi):
         self.work, self.tree, self.pool = work, os.path.join(work, "tree"), concurrent.futures.ThreadPoolExecutor(jobs)
+        self.mpi, self.defines = mpi, {**DEFINES, **mpi.defines()}
         copy_tree(self.tree)
         self.library = sorted(os.path.join(folder, name) for folder in LIBRARY_FOLDERS
                               for name in os.listdir(os.path.join(self.tree, folder))
                               if name.endswith(".cpp") and (folder or name.startswith("llama_")))
-        self.main = os.path.join(work, "main.cpp")
-        if not os.path.exists(self.main) or open(self.main).read() != MAIN:
-            with open(self.main, "w") as f:
-                f.write(MAIN)
+        self.library = [s for s in self.library if s not in COMM_SOURCES]
+        self.library.append("kernels/comm_mpi.cpp" if mpi.found else "kernels/comm_none.cpp")
 
     def object(self, source, folder="obj"):
         return os.path.join(self.work, folder, source.replace("/", "_") + ".o")
@@ -380,7 +387,7 @@ class Build:
         return all(os.path.exists(f) and os.path.getmtime(f) <= os.path.getmtime(made) for f in files)
 
     def compile(self, source, made):
-        special = DEFINES.get(source, []) + (TIERS.get(source, []) if X86 else [])
+        special = self.defines.get(source, []) + (TIERS.get(source, []) if X86 else [])
         self.call(["g++", *FLAGS, *special, "-I.", "-MMD", "-x", "c++", "-c", source, "-o", made])
 
     def call(self, command):
@@ -402,46 +409,53 @@ class Build:
 
     def link(self, objects, name):
         program = os.path.join(self.work, name)
-        self.call(["g++", "-fopenmp", *objects, *LIBRARIES, "-o", program])
+        self.call(["g++", "-fopenmp", *objects, *LIBRARIES, *self.mpi.libraries, "-o", program])
         return program
 
-    def group_main(self, group):
-        made = os.path.join(self.work, "obj", "main_" + group + ".o")
-        if not os.path.exists(made) or os.path.getmtime(made) < os.path.getmtime(self.main):
-            self.call(["g++", *FLAGS, "-I.", "-DGROUP_TESTS=" + group + "_tests", '-DGROUP_NAME="' + group + '"', "-c",
-                       self.main, "-o", made])
-        return made
+    def without_tests(self, sources):
+        """Object of empty tables for the groups that test_llama.cu lists and none of the sources has."""
+        text = {s: open(os.path.join(self.tree, s), encoding="utf-8").read() for s in ["test_llama.cu"] + sources}
+        there = set(re.findall(r"\b(\w+_tests)\[\] =", "".join(text[s] for s in sources)))
+        missing = sorted(set(re.findall(r"\b(\w+_tests)\[\]", text["test_llama.cu"])) - there)
+        path = os.path.join(self.work, "obj", "without_tests")
+        with open(path + ".cpp", "w") as f:
+            f.write('#include "dev/tests/test.h"\n')
+            f.writelines("extern const Test %s[] = {{nullptr, nullptr}};\n" % name for name in missing)
+        self.call(["g++", *FLAGS, "-I.", "-c", path + ".cpp", "-o", path + ".o"])
+        return path + ".o"
 
     def program(self, group, changed=None):
-        """The tests of a group; for the trainer's also the program itself, whose path is put into the environment."""
+        """test_llama with one group; where its tests run the program itself, also that, its path in the environment."""
         name = "fault_" if changed else ""
-        sources = self.library + ["dev/tests/test.cpp", "dev/tests/" + group + ".cpp"]
-        sources += GPU_SOURCES if group.startswith("gpu_") else []
-        program = self.link(self.objects(sources, changed) + [self.group_main(group)], name + "tests")
-        if group == "trainer":
+        tests = sorted({"dev/tests/comm.cpp", "dev/tests/" + group + ".cpp"})
+        sources = self.library + sorted(set(TEST_SOURCES + tests)) + (GPU_SOURCES if group.startswith("gpu_") else [])
+        program = self.link(self.objects(sources, changed) + [self.without_tests(tests)], name + "tests")
+        if group in PROGRAM_GROUPS:
             trainer = self.objects(self.library + ["train_llama.cu"], changed)
             os.environ["TRAIN_LLAMA_PROGRAM"] = self.link(trainer, name + "train_llama")
         return program
 
     def run(self, group, parts, changed=None):
-        """Runs the group's tests with one of the parts in their names. {name: passed, skipped, failed or crashed}"""
+        """Runs the group's tests with one of the parts in their names. {name: ok, skipped, FAILED, crashed, not run}"""
         program = self.program(group, changed)
         files = os.path.join(self.work, "files")  # of the tests: one that crashes leaves its own behind
         shutil.rmtree(files, ignore_errors=True)
         os.makedirs(files)
         os.environ.update(ENVIRONMENT, TRAIN_LLAMA_ROOT=self.tree, TMPDIR=files)
-        results, last = {}, None
-        try:
-            output = subprocess.run([program, *parts], cwd=self.tree, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                                    timeout=TEST_SECONDS).stdout
-        except subprocess.TimeoutExpired as e:
-            output = e.stdout or b""
-        for line in output.decode("utf-8", "replace").split("\n"):
-            if line.startswith("run "):
-                last = line[4:]
-                results[last] = "crashed"
-            elif line.startswith("end ") and last:
-                results[last] = line[4:]
+
+        def output(*more):
+            try:
+                return subprocess.run([program, *parts, *more], cwd=self.tree, stdout=subprocess.PIPE,
+                                      stderr=subprocess.DEVNULL, timeout=TEST_SECONDS).stdout
+            except subprocess.TimeoutExpired as e:
+                return e.stdout or b""
+
+        lines = [line.split() for line in output().decode("utf-8", "replace").split("\n")]
+        results = {words[0]: words[1] for words in lines if len(words) == 4 and words[3] == "ms"}
+        last = "crashed"
+        for name in output("--list").decode().split():  # a test that ends the program has no line of its own
+            if name not in results:
+                results[name], last = last, "not run"
         return results
 
     @contextlib.contextmanager
@@ -492,7 +506,7 @@ def check_unchanged(build, faults, known):
         results = build.run(group, sorted(wanted[group]))
         known.update(results)
         wrong += [name + ": " + result + " without any fault" for name, result in results.items()
-                  if result not in ("passed", "skipped")]
+                  if result not in ("ok", "skipped")]
         wrong += [part + ": there is no such test" for part in sorted(wanted[group])
                   if not any(part in name for name in results)]
     return wrong
@@ -511,7 +525,7 @@ def try_fault(build, fault, known):
             except BuildFailed as e:
                 return [], "does not compile: " + str(e).split("error: ")[-1].split("\n")[0]
             caught += [name for name, result in results.items()
-                       if result in ("failed", "crashed") and known.get(name) == "passed"]
+                       if result in ("FAILED", "crashed") and known.get(name) == "ok"]
     return caught, "" if caught else "no test failed of: " + fault.tests
 
 
@@ -528,40 +542,51 @@ def caught_of(rows):
 
 
 def write_tables(path, rows):
+    def those_of(faults):
+        return [r for r in rows if r[0] in faults]
+
     with open(path, "w", encoding="utf-8") as f:
-        plain, gpu = [r for r in rows if r[0] not in GPU_FAULTS], [r for r in rows if r[0] in GPU_FAULTS]
         f.write("# Planted faults\n\n"
                 "Each row is a fault that `dev/mutants.py` plants in the program, alone, and the tests of\n"
                 "`test_llama` that fail with it and pass without it: the first three, of those that the script runs\n"
-                "for this fault. " + caught_of(plain))
-        write_rows(f, plain)
+                "for this fault. " + caught_of(those_of(FAULTS)))
+        write_rows(f, those_of(FAULTS))
         f.write("\n## GPU kernels (through the stand-in)\n\n"
                 "The kernels run on the CPU, by `dev/simt`. All of these faults were planted by the script on %s.\n"
-                % time.strftime("%d %B %Y") + caught_of(gpu))
-        write_rows(f, gpu)
+                % time.strftime("%d %B %Y") + caught_of(those_of(GPU_FAULTS)))
+        write_rows(f, those_of(GPU_FAULTS))
+        if those_of(RANKS_FAULTS):
+            f.write("\n## Many ranks\n\nThe tests start `mpirun`. NCCL is the stand-in's.\n"
+                    + caught_of(those_of(RANKS_FAULTS)))
+            write_rows(f, those_of(RANKS_FAULTS))
 
 
 def main():
     parser = argparse.ArgumentParser(description="Plants faults in the program and checks that the tests notice each.")
-    parser.add_argument("--only", default="", metavar="SUBSTRING", help="faults with this in name, file or tests")
+    parser.add_argument("--only", action="append", metavar="SUBSTRING", help="faults with this in name, file or tests")
     parser.add_argument("--list", action="store_true", help="show the faults and stop")
     parser.add_argument("--check", action="store_true", help="look for the text of each fault in the tree and stop")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="compilers at a time")
     parser.add_argument("--work", metavar="DIR", help="keep copy and objects there (default: a temporary directory)")
     parser.add_argument("--output", default=os.path.join(ROOT, "dev/results/mutants.md"), metavar="FILE")
     options = parser.parse_args()
-    faults = [f for f in FAULTS + GPU_FAULTS if options.only in " ".join([f.name, f.file, f.tests])]
+    faults = [f for f in FAULTS + GPU_FAULTS + RANKS_FAULTS
+              if any(part in " ".join([f.name, f.file, f.tests]) for part in options.only or [""])]
     if not faults:
-        parser.error("no fault has %r in it" % options.only)
+        parser.error("no fault has this in it: " + ", ".join(options.only))
     if options.list:
         for fault in faults:
             print("%-66s %-28s %s" % (fault.name, fault.file, fault.tests))
         return 0
     if options.check:
         return 1 if check_texts(faults) else 0
+    mpi = Mpi()
+    if not mpi.found and set(faults) & set(RANKS_FAULTS):
+        print("no MPI: %d faults of many ranks are left out" % len(set(faults) & set(RANKS_FAULTS)))
+        faults = [f for f in faults if f not in RANKS_FAULTS]
     with tempfile.TemporaryDirectory(prefix="mutants.") as temporary:
         work = os.path.abspath(options.work or temporary)
-        build = Build(work, options.jobs)
+        build = Build(work, options.jobs, mpi)
         start = time.time()
         known = {}
         try:

@@ -136,7 +136,7 @@ FAULTS = [
     Fault("GPU: gradient not turned back through RoPE", "kernels/linear.cuh",
           "rope_backward(dev, dout, dout_stride, *rope, N);", "", "gpu_linear/gpu_linear_bf16"),
     Fault("a slot is known by its rows' distance alone", "kernels/linear.cuh",
-          "same &= have.holds[p] == linear_weight(g, p);",
+          "same &= have.holds[p] == linear_weight(g, p) && have.modules[p] == linear_module(g, p);",
           "same &= (have.holds[p] == nullptr) == (linear_weight(g, p) == nullptr) || p > 0;",
           "gpu_linear/gpu_linear_slots"),
     Fault("adapters are written only with their weights", "kernels/linear.cuh", "if (g.R > 0) { const unsigned threads",

@@ -10,7 +10,8 @@
 #   steps     1b, 3b and 8b shapes: tokens a second, time by op, memory planned and taken
 #   compare   the same step in PyTorch + PEFT, where Python has them
 #   pack      builds for CUDA_ARCH ("80 90a") and puts the programs, with the libraries they need, into DIR, for a
-#             machine without those libraries' headers: take this tree and DIR there
+#             machine without those libraries' headers: take this tree and DIR there. Without MPI; cuBLASLt and NCCL are
+#             looked for there (NCCL= builds without NCCL, for a machine that has none)
 #
 # Each piece ends within 8 minutes; what there was no time for is listed. It replaces its own sections of
 # dev/results/<device>.md; logs of all that it ran are in build/release/gpu_check. The exit status is 1 when a test
@@ -72,8 +73,8 @@ build_programs() {
 # One archive, since every program holds the same kernels: a dictionary larger than a program keeps them once.
 pack() {
     local dir=$1 stage=$BUILD/pack name path size arch=${CUDA_ARCH:-80 90a}
-    local skip='linux-vdso|ld-linux|libc\.so|libm\.so|libdl\.|librt\.|libpthread|libstdc|libgcc_s|libcuda|libcublas'
-    build_programs CUDA_ARCH="$arch" || die "nothing to pack: the build above failed, or has no CUDA"
+    local skip='linux-vdso|ld-linux|libc\.so|libm\.so|libdl\.|librt\.|libpthread|libstdc|libgcc_s|libcuda|libcublas|libnccl'
+    build_programs CUDA_ARCH="$arch" MPICXX= ${NCCL+NCCL="$NCCL"} || die "nothing to pack: the build above failed, or has no CUDA"
     rm -rf "$stage"
     mkdir -p "$dir" "$stage/lib" || exit 1
     mapfile -t all < <(printf '%s\n' train_llama test_llama; ops)
@@ -92,12 +93,14 @@ pack() {
         "fewer architectures: CUDA_ARCH=90a scripts/gpu_check.sh pack $dir"
 }
 
-# The folder of the cuBLASLt that carried programs want: the toolkit's, else the one that Python packages bring.
-cublas_folder() {
+# library_folder libNAME: the folder of a library that carried programs want (cuBLASLt, NCCL): the toolkit's, else the one
+# that Python packages bring. Nothing for one that they do not want.
+library_folder() {
     local name folder nvcc
-    name=$(ldd "$programs/train_llama" | awk '/libcublasLt/ { print $1 }')
+    name=$(ldd "$programs/train_llama" | awk -v library="$1" 'index($1, library ".") == 1 { print $1 }')
+    [ -n "$name" ] || return
     nvcc=$(readlink -f "$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)")
-    for folder in "${nvcc%/bin/nvcc}"/lib64 "${nvcc%/bin/nvcc}"/targets/*/lib /usr/local/cuda*/lib64 \
+    for folder in "${nvcc%/bin/nvcc}"/lib64 "${nvcc%/bin/nvcc}"/lib "${nvcc%/bin/nvcc}"/targets/*/lib /usr/local/cuda*/lib64 \
         /usr/lib/x86_64-linux-gnu \
         $(python3 -c 'import glob, sys; print(*(f for p in sys.path for f in glob.glob(p + "/nvidia/*/lib")))' 2>&-); do
         if [ -e "$folder/$name" ]; then
@@ -108,15 +111,15 @@ cublas_folder() {
 }
 
 use_carried() {
-    local cublas
+    local cublas nccl
     programs=$BUILD/carried programs_text="carried, $1"
     rm -rf "$programs"
     mkdir -p "$programs" || exit 1
     tar -C "$programs" -xJf "$carried/programs.tar.xz" 2>/dev/null ||
         python3 -m tarfile -e "$carried/programs.tar.xz" "$programs" ||
         die "$carried/programs.tar.xz cannot be unpacked"
-    cublas=$(cublas_folder)
-    with_libraries=(env "LD_LIBRARY_PATH=$(realpath "$programs")/lib${cublas:+:$cublas}")
+    cublas=$(library_folder libcublasLt) nccl=$(library_folder libnccl)
+    with_libraries=(env "LD_LIBRARY_PATH=$(realpath "$programs")/lib${cublas:+:$cublas}${nccl:+:$nccl}")
     if "${with_libraries[@]}" ldd "$programs/train_llama" | grep 'not found'; then
         die "the carried programs lack the libraries above"
     fi

@@ -1,69 +1,29 @@
-// See parts.h. Numbers are 8 bytes in the machine's own order; a text or a list is its length in bytes, then the bytes.
+// See parts.h. Texts are made with io/pack.h.
 #include "tokenizer/parts.h"
 
-#include <cstring>
+#include "io/pack.h"
 
 // ---------------------------------------------------------------------------------------------------------------------
 // items as text
 
-static void put(std::string& text, uint64_t number) {
-    text.append(reinterpret_cast<const char*>(&number), sizeof number);
-}
-
-// T: std::string or a vector of numbers.
-template <class T>
-static void put_list(std::string& text, const T& list) {
-    size_t bytes = list.size() * sizeof(list[0]);
-    put(text, bytes);
-    text.append(reinterpret_cast<const char*>(list.data()), bytes);
-}
-
-// A text that is being taken apart. fine = false, and only zeros from then on: it is not what was to be there.
-struct Cursor {
-    const std::string& text;
-    size_t at = 0;
-    bool fine = true;
-};
-
-static uint64_t take(Cursor& c) {
-    uint64_t number = 0;
-    c.fine = c.fine && c.text.size() - c.at >= sizeof number;
-    if (c.fine) {
-        memcpy(&number, c.text.data() + c.at, sizeof number);
-        c.at += sizeof number;
-    }
-    return number;
-}
-
-template <class T>
-static void take_list(Cursor& c, T& list) {
-    uint64_t bytes = take(c);
-    c.fine = c.fine && bytes <= c.text.size() - c.at && bytes % sizeof(list[0]) == 0;
-    if (c.fine && bytes > 0) {
-        list.resize(size_t(bytes) / sizeof(list[0]));
-        memcpy(&list[0], c.text.data() + c.at, size_t(bytes));
-        c.at += size_t(bytes);
-    }
-}
-
 static void put_item(std::string& text, const Item& item) {
-    put(text, uint64_t(item.fatal) | uint64_t(item.cut) << 1 | uint64_t(item.bos_spelt) << 2 |
+    pack_number(text, uint64_t(item.fatal) | uint64_t(item.cut) << 1 | uint64_t(item.bos_spelt) << 2 |
                   uint64_t(item.mended) << 3 | uint64_t(item.format) << 4);
-    put(text, uint64_t(item.bad.code));
-    put_list(text, item.bad.what);
-    put_list(text, item.bad.hint);
-    put(text, item.column);
-    put(text, item.controls);
-    put_list(text, item.ids);
-    put_list(text, item.targets);
-    put(text, item.unused.size());
+    pack_number(text, uint64_t(item.bad.code));
+    pack_list(text, item.bad.what);
+    pack_list(text, item.bad.hint);
+    pack_number(text, item.column);
+    pack_number(text, item.controls);
+    pack_list(text, item.ids);
+    pack_list(text, item.targets);
+    pack_number(text, item.unused.size());
     for (const std::string& key : item.unused) {
-        put_list(text, key);
+        pack_list(text, key);
     }
 }
 
-static void take_item(Cursor& c, Item& item) {
-    uint64_t flags = take(c);
+static void take_item(Unpack& c, Item& item) {
+    uint64_t flags = unpack_number(c);
     c.fine = c.fine && flags >> 4 < N_RECORD_FORMATS;
     if (!c.fine) {
         return;
@@ -73,17 +33,17 @@ static void take_item(Cursor& c, Item& item) {
     item.bos_spelt = flags & 4;
     item.mended = flags & 8;
     item.format = RecordFormat(flags >> 4);
-    item.bad.code = int(take(c));
-    take_list(c, item.bad.what);
-    take_list(c, item.bad.hint);
-    item.column = size_t(take(c));
-    item.controls = size_t(take(c));
-    take_list(c, item.ids);
-    take_list(c, item.targets);
+    item.bad.code = int(unpack_number(c));
+    unpack_list(c, item.bad.what);
+    unpack_list(c, item.bad.hint);
+    item.column = size_t(unpack_number(c));
+    item.controls = size_t(unpack_number(c));
+    unpack_list(c, item.ids);
+    unpack_list(c, item.targets);
     c.fine = c.fine && item.targets.size() == item.ids.size();
-    for (uint64_t left = take(c); left > 0 && c.fine; left--) {
+    for (uint64_t left = unpack_number(c); left > 0 && c.fine; left--) {
         item.unused.emplace_back();
-        take_list(c, item.unused.back());
+        unpack_list(c, item.unused.back());
     }
 }
 
@@ -143,8 +103,8 @@ std::vector<size_t> parts_deal(const std::vector<Item>& items, int parts) {
 Error parts_exchange(std::vector<Item>& items, const std::vector<size_t>& bounds, const DataOptions& options,
                      const std::string& round, const std::string& path) {
     std::string mine;
-    put(mine, 0);
-    put_list(mine, round);
+    pack_number(mine, 0);
+    pack_list(mine, round);
     for (size_t i = bounds[size_t(options.part)]; i < bounds[size_t(options.part) + 1]; i++) {
         put_item(mine, items[i]);
     }
@@ -155,13 +115,13 @@ Error parts_exchange(std::vector<Item>& items, const std::vector<size_t>& bounds
     std::vector<size_t> begins;
     bool same = true;
     for (size_t p = 0; p < texts.size(); p++) {
-        Cursor c{texts[p]};
-        uint64_t code = take(c);
+        Unpack c{texts[p]};
+        uint64_t code = unpack_number(c);
         if (code >= 1 && code <= UINT8_MAX) {
             return Error{int(code), "", ""};
         }
         std::string its_round;
-        take_list(c, its_round);
+        unpack_list(c, its_round);
         if (!c.fine || code != 0) {
             return damaged(options, p);
         }
@@ -173,7 +133,7 @@ Error parts_exchange(std::vector<Item>& items, const std::vector<size_t>& bounds
             .hinted("every machine needs the same copy of the data; was a file changed just now?");
     }
     for (size_t p = 0; p < texts.size(); p++) {
-        Cursor c{texts[p], begins[p]};
+        Unpack c{texts[p], begins[p]};
         for (size_t i = bounds[p]; i < bounds[p + 1] && c.fine && p != size_t(options.part); i++) {
             take_item(c, items[i]);
         }
@@ -188,7 +148,7 @@ Error parts_exchange(std::vector<Item>& items, const std::vector<size_t>& bounds
 Error parts_failed(const DataOptions& options, const Error& e) {
     if (options.parts > 1) {
         std::string mine;
-        put(mine, uint64_t(e.code));
+        pack_number(mine, uint64_t(e.code));
         std::vector<std::string> texts;
         if (Error of_exchange = exchange_texts(texts, options, mine)) {
             return e;  // the reason that came first

@@ -18,16 +18,6 @@ static bool has_gpu() {
     return GpuDevice<bf16>().ok;
 }
 
-static std::vector<double> losses_of(const std::string& dir) {
-    std::vector<double> losses;
-    for (const Json& r : log_records(dir)) {
-        if (r.find("event")->string == "step") {
-            losses.push_back(r.find("loss")->number());
-        }
-    }
-    return losses;
-}
-
 static std::vector<double> numbers_of(const Json& j, const char* key) {
     std::vector<double> out;
     const Json* list = j.find(key);

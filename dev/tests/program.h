@@ -50,6 +50,17 @@ inline std::vector<Json> log_records(const std::string& dir) {
     return records;
 }
 
+// Of every step in a run's log.
+inline std::vector<double> losses_of(const std::string& dir) {
+    std::vector<double> losses;
+    for (const Json& r : log_records(dir)) {
+        if (r.find("event")->string == "step") {
+            losses.push_back(r.find("loss")->number());
+        }
+    }
+    return losses;
+}
+
 inline void write_text(const std::string& path, const std::string& text) {
     Error e = file_replace(path, text);
     CHECK(!e, "%s", e.what.c_str());

@@ -16,17 +16,6 @@ std::string mpirun();
 // The path of this test program, for a shell. (comm.cpp)
 std::string this_program();
 
-// The running test can start ranks; else it is skipped, by name, and the test returns.
-inline bool ranks_can_start() {
-    if (!comm_is_built()) {
-        return test_skip("built without MPI"), false;
-    }
-    if (run_command(nullptr, "command -v " + mpirun()) != 0) {
-        return test_skip("no mpirun"), false;
-    }
-    return true;
-}
-
 // For a command that starts MPI, A=1 B=2. Settings are the environment's, since mpiruns agree on no option but -n: Open
 // MPI 4 reads OMPI_*, 5 also PRTE_*. It may run as root, on fewer cores than ranks, which it then does not tie to cores
 // and which yield while they wait; copies from one process to another by the kernel are not allowed in every container.
@@ -47,6 +36,21 @@ inline int run_ranks(std::string* output, int n, const std::string& command, con
                      int seconds = 50) {
     return run_command(output, ranks_environment() + environment + " timeout -k 5 " + std::to_string(seconds) + " " +
                                    mpirun() + " -n " + std::to_string(n) + " " + command + " </dev/null");
+}
+
+// The running test can start ranks; else it is skipped, by name, and the test returns.
+inline bool ranks_can_start() {
+    if (!comm_is_built()) {
+        return test_skip("built without MPI"), false;
+    }
+    if (run_command(nullptr, "command -v " + mpirun()) != 0) {
+        return test_skip("no mpirun"), false;
+    }
+    static const int started = run_ranks(nullptr, 2, "true");  // what is tested is not mpirun
+    if (started != 0) {
+        return test_skip("mpirun does not start two tasks on this machine"), false;
+    }
+    return true;
 }
 
 // This very program, on n ranks, with the inner tests whose names have the part in them: all of them pass.
