@@ -128,6 +128,9 @@ static void refuses_an_existing_run() {
 static int train_and_signal(const std::vector<std::string>& arguments, double seconds, int number) {
     pid_t pid = fork();
     if (pid == 0) {
+        for (int ignored : {SIGINT, SIGHUP}) {  // which nohup, or a shell's &, has set aside for these tests
+            signal(ignored, SIG_DFL);
+        }
         freopen("/dev/null", "w", stdout);
         freopen("/dev/null", "w", stderr);
         std::vector<char*> argv;
