@@ -303,10 +303,9 @@ Error base_check_names(BaseReader& r, Weights<Real>& w, const LlamaConfig& c, co
     return {};
 }
 
-// Memory for the base, and every weight's place in it.
+// Memory for the base as measured, and every weight's place in it.
 template <class Dev>
-void base_place(Llama<Dev>& m, const BaseOptions& options, const Safetensors* st) {
-    const BaseBytes measured = base_measure(m.dev, m.c, options, st);
+void base_place(Llama<Dev>& m, const BaseOptions& options, const BaseBytes& measured, const Safetensors* st) {
     const size_t ranks = size_t(options.spread);
     SpreadBase& s = m.spread;
     if (ranks > 0) {
@@ -670,7 +669,7 @@ Error llama_load(Llama<Dev>& m, std::string* hash, std::vector<std::string>& war
         return bad_input("%s: the checkpoint is already quantised to NF4, there is nothing to save", model_dir.c_str())
             .hinted("leave out --save-base");
     }
-    const bool save = !save_dir.empty(), writes = save && (m.dev.comm == nullptr || m.dev.comm->rank == 0);
+    const bool first = m.dev.comm == nullptr || m.dev.comm->rank == 0, save = !save_dir.empty(), writes = save && first;
     BaseReader r;
     BaseWriter writer;
     Error e = checkpoint_open(r.st, model_dir);
@@ -688,7 +687,7 @@ Error llama_load(Llama<Dev>& m, std::string* hash, std::vector<std::string>& war
     std::string hashes;
     if (!e) {
         device_reserve(m.dev, measured.load_workspace);
-        base_place(m, options, &r.st);
+        base_place(m, options, measured, &r.st);
         std::vector<HostTensor> saved;
         const auto load = [&](int unit, std::string* own) {
             LoadUnit<Dev> one{m, r, options, save ? &saved : nullptr, {}};
@@ -700,7 +699,7 @@ Error llama_load(Llama<Dev>& m, std::string* hash, std::vector<std::string>& war
         e = base_rounds(m, &hashes, load,
                         [&] { return save ? saved_units_write(m.dev.comm, writer, saved) : Error(); });
     }
-    if (!e) {
+    if (!e && first) {  // it reads two whole tensors, for a warning that rank 0 shows
         e = tied_head_warning(r, m.c, warnings);
     }
     e = e || !writes ? e : base_writer_close(writer);
@@ -777,8 +776,9 @@ struct RandomUnit {
 
 template <class Dev>
 Error llama_random(Llama<Dev>& m, const BaseOptions& options) {
-    device_reserve(m.dev, base_measure(m.dev, m.c, options).load_workspace);
-    base_place(m, options, nullptr);
+    const BaseBytes measured = base_measure(m.dev, m.c, options);
+    device_reserve(m.dev, measured.load_workspace);
+    base_place(m, options, measured, nullptr);
     std::string none;
     return base_rounds(
         m, &none,

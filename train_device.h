@@ -95,9 +95,7 @@ inline double sum_of_ranks(const Run& run, double x) {
 // What the poorest rank has: all follow one plan.
 template <class Dev>
 uint64_t memory_of_ranks(const Run& run, const Dev& dev) {
-    std::vector<uint64_t> all(run.comm.size);
-    const uint64_t own = device_memory(dev);
-    comm_all_gather(run.comm, all.data(), &own, sizeof(own));
+    const std::vector<uint64_t> all = all_of_ranks(run, device_memory(dev));
     return *std::min_element(all.begin(), all.end());
 }
 

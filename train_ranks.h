@@ -33,6 +33,14 @@ T of_rank_0(const Run& run, T value) {
     return value;
 }
 
+// Every rank's value, in the order of the ranks.
+template <class T>
+std::vector<T> all_of_ranks(const Run& run, T own) {
+    std::vector<T> all(run.comm.size);
+    comm_all_gather(run.comm, all.data(), &own, sizeof(own));
+    return all;
+}
+
 inline std::string text_of_rank_0(const Run& run, std::string text) {
     text.resize(of_rank_0(run, text.size()));
     if (ranks_of(run) != nullptr) {
@@ -47,6 +55,8 @@ inline std::string text_of_rank_0(const Run& run, std::string text) {
 // The exit status of the program, the same on all ranks; says the error of the lowest rank that has one to say.
 inline int ranks_end(Run& run, const Error& e) {
     const bool alone = ranks_of(run) == nullptr, stopped = e.code >= 128;  // after saving: not an error of anyone's
+    const std::string who =
+        text_format("rank %d of %d (%s): ", run.comm.rank, run.comm.size, comm_host(run.comm).c_str());
     const int speaks = 1 << 16;
     std::vector<int> ends = {e.code | (e.what.empty() ? 0 : speaks)};
     for (int number : {SIGTERM, SIGINT, SIGHUP}) {
@@ -58,8 +68,7 @@ inline int ranks_end(Run& run, const Error& e) {
     const double seconds = !e ? -1 : run.leaving || stopped || e.code == 3 ? 60 : 2;
     if (!alone && !comm_ended(run.comm, ends[0], seconds, ends)) {
         Error named = e;
-        named.what = text_format("rank %d of %d (%s): %s", run.comm.rank, run.comm.size, comm_host(run.comm).c_str(),
-                                 e.what.empty() ? "ended because another rank did" : e.what.c_str());
+        named.what = who + (e.what.empty() ? "ended because another rank did" : e.what);
         comm_abort(run.comm, error_print(named));
     }
     int status = 0, speaker = -1;
@@ -70,8 +79,7 @@ inline int ranks_end(Run& run, const Error& e) {
     if (e && (alone || run.comm.rank == speaker)) {
         Error said = e;
         if (!alone && speaker > 0) {
-            said.what =
-                text_format("rank %d of %d (%s): ", speaker, run.comm.size, comm_host(run.comm).c_str()) + e.what;
+            said.what = who + e.what;
         }
         if (stopped) {
             console_fact(run.console, "%s", said.what.c_str());
@@ -92,9 +100,24 @@ inline int ranks_end(Run& run, const Error& e) {
 // ---------------------------------------------------------------------------------------------------------------------
 // before anything that the ranks do together
 
+// Refuses a rank whose values differ from rank 0's, naming them.
+inline Error same_as_rank_0(Run& run, const Json& own, const char* hint) {
+    Json first;
+    const std::string of_0 = text_of_rank_0(run, json_write(own));
+    Error e = json_parse(first, of_0.data(), of_0.size(), "rank 0");
+    const std::string differ = e ? "" : differences(&first, own);
+    if (!differ.empty()) {
+        e = bad_input("not given the same as rank 0: %s", differ.c_str()).hinted(hint);
+    }
+    return ranks_agree(run, e);
+}
+
 // Every rank was given the same options: they decide what is computed, and which calls the ranks make together. Paths
 // may differ from machine to machine; whether one is given may not.
 inline Error same_options(Run& run) {
+    if (ranks_of(run) == nullptr) {
+        return {};
+    }
     const Options& o = run.o;
     Json own = options_to_json(o);
     for (const char* path : {"input", "model", "val", "init-adapter"}) {
@@ -107,15 +130,7 @@ inline Error same_options(Run& run) {
     own.set("resume", o.resume).set("overwrite", o.overwrite).set("dry-run", o.dry_run).set("benchmark", o.benchmark);
     own.set("ranks", o.ranks).set("save-base", !o.save_base.empty()).set("dump-data", !o.dump_data.empty());
     own.set("program", train_llama_version);
-    Json first;
-    const std::string of_0 = text_of_rank_0(run, json_write(own));
-    Error e = json_parse(first, of_0.data(), of_0.size(), "rank 0");
-    const std::string differ = e ? "" : differences(&first, own);
-    if (!differ.empty()) {
-        e = bad_input("not given the same as rank 0: %s", differ.c_str())
-                .hinted("start all ranks with the same options (`then` is rank 0's)");
-    }
-    return ranks_agree(run, e);
+    return same_as_rank_0(run, own, "start all ranks with the same options (`then` is rank 0's)");
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -123,11 +138,7 @@ inline Error same_options(Run& run) {
 
 // The signal that any rank has got; all ranks call this at the same places.
 inline int stop_poll(Run& run, int own) {
-    std::vector<int> all = {own};
-    if (ranks_of(run) != nullptr) {
-        all.resize(run.comm.size);
-        comm_all_gather(run.comm, all.data(), &own, sizeof(own));
-    }
+    const std::vector<int> all = all_of_ranks(run, own);
     run.stop = std::max(run.stop, *std::max_element(all.begin(), all.end()));
     return run.stop;
 }
@@ -138,8 +149,7 @@ inline Error drift_check(const Run& run, uint64_t own) {
     if (ranks_of(run) == nullptr) {
         return {};
     }
-    std::vector<uint64_t> all(run.comm.size);
-    comm_all_gather(run.comm, all.data(), &own, sizeof(own));
+    const std::vector<uint64_t> all = all_of_ranks(run, own);
     size_t most = 0;
     uint64_t usual = all[0];
     for (uint64_t sum : all) {
@@ -149,7 +159,7 @@ inline Error drift_check(const Run& run, uint64_t own) {
     }
     std::string others;
     for (int r = 0; r < run.comm.size; r++) {
-        const bool odd = all[r] != usual || (most < all.size() && 2 * most <= all.size());  // of two, who is right?
+        const bool odd = all[r] != usual || 2 * most <= all.size();  // of two, who is right?
         others += !odd ? "" : (others.empty() ? "" : ", ") + std::to_string(r);
     }
     if (others.empty()) {

@@ -184,20 +184,17 @@ inline Error directory_settings(Run& run) {
                             : Error();
 }
 
-inline bool is_within(const std::string& path, const std::string& dir) {
-    char *a = realpath(path.c_str(), nullptr), *b = realpath(dir.c_str(), nullptr);
-    std::string inner = a ? a : "", outer = b ? b : "/nowhere";
-    free(a);
-    free(b);
-    return inner == outer || inner.rfind(outer + "/", 0) == 0;
+// Without links and dots, whether it is there or not; "" when that cannot be told.
+inline std::string whole_path(const std::string& path) {
+    std::error_code failed;
+    const std::filesystem::path whole = std::filesystem::absolute(path, failed);
+    std::string text = failed ? "" : std::filesystem::weakly_canonical(whole, failed).string();
+    return text.size() > 1 && text.back() == '/' ? text.substr(0, text.size() - 1) : text;
 }
 
-// The same of names that need not be there yet.
-inline bool is_inside(const std::string& path, const std::string& dir) {
-    std::error_code failed;
-    const std::string inner = std::filesystem::weakly_canonical(path, failed).string() + "/",
-                      outer = std::filesystem::weakly_canonical(dir, failed).string() + "/";
-    return inner.rfind(outer, 0) == 0;
+inline bool is_within(const std::string& path, const std::string& dir) {
+    const std::string inner = whole_path(path), outer = whole_path(dir);
+    return !outer.empty() && (inner + "/").rfind(outer + "/", 0) == 0;
 }
 
 // What must not be written over: an earlier run without leave, the model, the adapter started from, the data.
@@ -213,7 +210,7 @@ inline Error outputs_check(const Run& run) {
     if (o.dry_run || o.benchmark > 0) {
         return {};
     }
-    if (!o.save_base.empty() && is_inside(o.save_base, run.dir)) {
+    if (!o.save_base.empty() && is_within(o.save_base, run.dir)) {
         return bad_input("--save-base %s lies in the run directory %s", o.save_base.c_str(), run.dir.c_str())
             .hinted("give a directory of its own: it will be the base of other runs");
     }
@@ -354,15 +351,8 @@ Error same_check(Run& run, const Dev& dev) {
         }
     }
     own.set("val", run.val.hash).set("val_examples", run.val.size());
-    const std::string of_0 = text_of_rank_0(run, json_write(own));
-    Json first;
-    Error e = json_parse(first, of_0.data(), of_0.size(), "rank 0");
-    const std::string differ = e ? "" : differences(&first, own);
-    if (!differ.empty()) {
-        e = bad_input("not given the same as rank 0: %s", differ.c_str())
-                .hinted("start all ranks with the same options, program, data and model files (`then` is rank 0's)");
-    }
-    return ranks_agree(run, e);
+    return same_as_rank_0(run, own,
+                          "start all ranks with the same options, program, data and model files (`then` is rank 0's)");
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "dev/tests/test.h"
+#include "dev/tests/files.h"
 #include "io/file.h"
 #include "io/json.h"
 
@@ -23,13 +23,6 @@ inline std::string base() {
 // says so: what these tests expect is the CPU's.
 inline int train(std::string* output, const std::string& arguments, const std::string& environment = "") {
     return run_command(output, "CUDA_VISIBLE_DEVICES= " + environment + " " + program() + " " + arguments);
-}
-
-inline std::string file_text(const std::string& path) {
-    std::string text;
-    Error e = file_read_all(text, path);
-    CHECK(!e, "%s", e.what.c_str());
-    return text;
 }
 
 // The records of a run's log.jsonl.
@@ -59,11 +52,6 @@ inline std::vector<double> losses_of(const std::string& dir) {
         }
     }
     return losses;
-}
-
-inline void write_text(const std::string& path, const std::string& text) {
-    Error e = file_replace(path, text);
-    CHECK(!e, "%s", e.what.c_str());
 }
 
 // A small data set: n records of data.jsonl, or of another file of the repository.

@@ -10,30 +10,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "dev/tests/test.h"
-
-static void put(const std::string& path, const std::string& bytes) {
-    Error e = file_replace(path, bytes);
-    CHECK(!e, "%s", e.what.c_str());
-}
-
-static std::string get(const std::string& path) {
-    std::string bytes;
-    Error e = file_read_all(bytes, path);
-    CHECK(!e, "%s", e.what.c_str());
-    return bytes;
-}
-
-static std::string listing(const std::string& dir) {
-    std::vector<std::string> names;
-    Error e = dir_list(names, dir);
-    CHECK(!e, "%s", e.what.c_str());
-    std::string list;
-    for (const std::string& name : names) {
-        list += (list.empty() ? "" : " ") + name;
-    }
-    return list;
-}
+#include "dev/tests/files.h"
 
 static const float values[4] = {1, 2, 3, 4};
 
@@ -102,9 +79,9 @@ static void run_checkpoint_round_trip() {
     float read[4] = {};
     CHECK(t && !safetensors_read(st, *t, read, 0, sizeof read) && memcmp(read, values, sizeof read) == 0, "tensor");
     safetensors_close(st);
-    std::string before = get(path_join(at, "MANIFEST.json"));
+    std::string before = file_text(path_join(at, "MANIFEST.json"));
     Error e = checkpoint_write(dir, 7, {{"state.json", "{}", {}}}, 2);
-    CHECK(!e && get(path_join(at, "MANIFEST.json")) == before, "a good checkpoint of the same step was replaced");
+    CHECK(!e && file_text(path_join(at, "MANIFEST.json")) == before, "a good checkpoint of the same step was replaced");
 }
 
 static void run_checkpoint_prune() {
@@ -135,25 +112,25 @@ static void run_checkpoint_damage() {
     save(dir, 10);
     save(dir, 20);
     for (const char* name : {"MANIFEST.json", "adapter_config.json", "adapter_model.safetensors", "state.json"}) {
-        std::string path = path_join(at, name), good = get(path), said;
+        std::string path = path_join(at, name), good = file_text(path), said;
         for (size_t i = 0; i<good.size(); i += good.size()> 64 ? good.size() / 61 : 1) {
             std::string bad = good;
             bad[i] = char(bad[i] ^ 0x04);
-            put(path, bad);
+            write_text(path, bad);
             int64_t step = newest(dir, &said);
             bool whitespace = strcmp(name, "MANIFEST.json") == 0 && isspace(static_cast<unsigned char>(good[i]));
             CHECK((step == 10 && text_has(said, name)) || whitespace, "%s, byte %zu flipped: step %lld, %s", name, i,
                   (long long)step, said.c_str());
         }
         for (size_t size : {size_t(0), good.size() / 2, good.size() - 2}) {
-            put(path, good.substr(0, size));
+            write_text(path, good.substr(0, size));
             CHECK(newest(dir, &said) == 10 && text_has(said, name), "%s cut to %zu: %s", name, size, said.c_str());
         }
-        put(path, good + "x");
+        write_text(path, good + "x");
         CHECK(newest(dir, &said) == 10, "%s with a byte more: %s", name, said.c_str());
         CHECK(!path_remove(path), "remove");
         CHECK(newest(dir, &said) == 10 && text_has(said, name), "%s removed: %s", name, said.c_str());
-        put(path, good);
+        write_text(path, good);
         CHECK(newest(dir) == 20, "%s restored: %lld", name, (long long)newest(dir));
     }
     CHECK(listing(path_join(dir, "checkpoints")) == "step_10 step_20", "evidence was touched");
@@ -165,8 +142,8 @@ static void run_checkpoint_all_bad() {
     std::string dir = test_directory(), said;
     save(dir, 1);
     save(dir, 2);
-    put(path_join(dir, "checkpoints/step_1/state.json"), "{}");
-    put(path_join(dir, "checkpoints/step_2/MANIFEST.json"), "{\"version\":1}");
+    write_text(path_join(dir, "checkpoints/step_1/state.json"), "{}");
+    write_text(path_join(dir, "checkpoints/step_2/MANIFEST.json"), "{\"version\":1}");
     Checkpoint c;
     std::vector<std::string> complaints;
     Error e = checkpoint_newest(c, complaints, dir);
@@ -174,7 +151,7 @@ static void run_checkpoint_all_bad() {
               text_has(e.what, "step_2/MANIFEST.json: damaged") && !e.hint.empty(),
           "code %d: %s", e.code, e.what.c_str());
     CHECK(c.step == -1, "step %lld", (long long)c.step);
-    put(path_join(dir, "checkpoints/step_2/MANIFEST.json"), "{\"version\":2,\"something\":\"else\"}");
+    write_text(path_join(dir, "checkpoints/step_2/MANIFEST.json"), "{\"version\":2,\"something\":\"else\"}");
     e = checkpoint_newest(c, complaints, dir);
     CHECK(e.code == 2 && text_has(e.what, "written by a newer version") && text_has(e.what, "found version 2"), "%s",
           e.what.c_str());
@@ -186,10 +163,10 @@ static void run_checkpoint_stale() {
     for (const std::string& name : {".tmp-step_4-" + dead, ".tmp-step_5-" + std::to_string(getpid()),
                                     ".tmp-step_6-" + std::to_string(getppid())}) {
         CHECK(!dir_create(path_join(at, name)), "create");
-        put(path_join(at, name + "/state.json"), "{}");
+        write_text(path_join(at, name + "/state.json"), "{}");
     }
     CHECK(!dir_create(path_join(at, "step_x")) && !dir_create(path_join(at, "step_007")), "create");
-    put(path_join(dir, ".tmp-" + dead + "-0"), "half a file");
+    write_text(path_join(dir, ".tmp-" + dead + "-0"), "half a file");
     CHECK(newest(dir) == 3, "newest");
     std::string list = listing(at);
     CHECK(list == ".tmp-step_6-" + std::to_string(getppid()) + " step_007 step_3 step_x", "left: %s", list.c_str());
@@ -208,7 +185,7 @@ static void run_checkpoint_fails() {
           listing(path_join(dir, "checkpoints")).c_str());
     e = checkpoint_write(dir, 2, {{"../state.json", "{}", {}}}, 2);
     CHECK(e.code == 1, "a name that leaves the directory was taken");
-    put(path_join(dir, "file"), "x");
+    write_text(path_join(dir, "file"), "x");
     e = checkpoint_write(path_join(dir, "file"), 1, checkpoint_files(1), 2);
     CHECK(e.code != 0 && !e.what.empty(), "a run directory that is a file was taken");
 }
@@ -275,7 +252,7 @@ static void run_locked() {
     std::string holder = "process " + std::to_string(child) + " on ";
     Error e = run_lock(lock, dir);
     CHECK(e.code == 2 && text_has(e.what, "in use by another run (" + holder), "%s", e.what.c_str());
-    put(path_join(dir, "run.json"), "{}");
+    write_text(path_join(dir, "run.json"), "{}");
     e = run_directory_prepare(dir, "", false, true);
     CHECK(e.code == 2 && text_has(e.what, holder) && path_exists(path_join(dir, "run.json")),
           "overwrite of a locked run: %s", e.what.c_str());
@@ -303,21 +280,21 @@ static void run_log() {
     log_event(log, Json::object().set("event", "step").set("loss", 0.2));
     log_sync(log);
     log_close(log);
-    CHECK(get(path) == "{\"event\":\"step\",\"loss\":0.1}\n{\"event\":\"step\",\"loss\":0.2}\n", "%s",
-          get(path).c_str());
+    CHECK(file_text(path) == "{\"event\":\"step\",\"loss\":0.1}\n{\"event\":\"step\",\"loss\":0.2}\n", "%s",
+          file_text(path).c_str());
     CHECK(bytes == 28, "the first record has %llu bytes", (unsigned long long)bytes);
     CHECK(!log_open(log, path, bytes) && log_bytes(log) == bytes, "open for going on");
     log_event(log, Json("third"));
     log_close(log);
-    CHECK(get(path) == "{\"event\":\"step\",\"loss\":0.1}\n\"third\"\n", "%s", get(path).c_str());
-    put(path, "{\"a\":1}\n{\"b\"");
+    CHECK(file_text(path) == "{\"event\":\"step\",\"loss\":0.1}\n\"third\"\n", "%s", file_text(path).c_str());
+    write_text(path, "{\"a\":1}\n{\"b\"");
     CHECK(!log_open(log, path, 100) && log_bytes(log) == 8, "a log that is too short is cut to whole lines: %llu",
           (unsigned long long)log_bytes(log));
     log_close(log);
-    CHECK(get(path) == "{\"a\":1}\n", "%s", get(path).c_str());
+    CHECK(file_text(path) == "{\"a\":1}\n", "%s", file_text(path).c_str());
     CHECK(!log_open(log, path, 0) && log_bytes(log) == 0, "a new log");
     log_close(log);
-    CHECK(get(path).empty(), "%s", get(path).c_str());
+    CHECK(file_text(path).empty(), "%s", file_text(path).c_str());
     CHECK(log_open(log, path + "/x", 0).code != 0, "a directory that is a file");
     log_event(log, Json("nowhere"));  // does nothing, and does not end the program
     log_close(log);
@@ -337,10 +314,10 @@ static void run_log_full() {
     CHECK(setrlimit(RLIMIT_FSIZE, &small) == 0, "setrlimit");
     log_event(log, Json("second"));
     CHECK(setrlimit(RLIMIT_FSIZE, &before) == 0, "setrlimit");
-    CHECK(get(path) == "\"first\"\n\"sec" && log.failed && log_bytes(log) == 8, "%s", get(path).c_str());
+    CHECK(file_text(path) == "\"first\"\n\"sec" && log.failed && log_bytes(log) == 8, "%s", file_text(path).c_str());
     log_event(log, Json("third"));
     log_close(log);
-    CHECK(get(path) == "\"first\"\n\"third\"\n", "%s", get(path).c_str());
+    CHECK(file_text(path) == "\"first\"\n\"third\"\n", "%s", file_text(path).c_str());
     signal(SIGXFSZ, old);
 }
 
@@ -364,11 +341,11 @@ static void run_names() {
 
 static void make_run(const std::string& dir, bool finished) {
     CHECK(!dir_create(dir), "create");
-    put(path_join(dir, "run.json"), "{}");
-    put(path_join(dir, "log.jsonl"), "");
+    write_text(path_join(dir, "run.json"), "{}");
+    write_text(path_join(dir, "log.jsonl"), "");
     if (finished) {
-        put(path_join(dir, "adapter_model.safetensors"), "x");
-        put(path_join(dir, "adapter_config.json"), "{}");
+        write_text(path_join(dir, "adapter_model.safetensors"), "x");
+        write_text(path_join(dir, "adapter_config.json"), "{}");
     }
     save(dir, 5);
 }
@@ -392,7 +369,7 @@ static void run_directory() {
     accepted(path_join(root, "a/b/c"), model, false, false);
     accepted(path_join(root, "a/b/c"), model, false, false);
     accepted(path_join(model, "runs"), model, false, false);
-    put(path_join(root, "file"), "x");
+    write_text(path_join(root, "file"), "x");
     refused(path_join(root, "file"), model, false, false, "is not a directory");
     CHECK(run_directory_prepare(path_join(root, "file/x"), model, false, false).code == 2, "below a file");
 
@@ -404,19 +381,19 @@ static void run_directory() {
     refused(path_join(root, "done"), model, false, false, "holds a finished run");
     accepted(path_join(root, "done"), model, true, false);
 
-    put(path_join(run, "notes.txt"), "mine");
+    write_text(path_join(run, "notes.txt"), "mine");
     refused(run, model, false, true, "(found notes.txt)");
     CHECK(path_exists(path_join(run, "run.json")) && newest(run) == 5, "a refused overwrite removed something");
     accepted(run, model, true, false);
     CHECK(!path_remove(path_join(run, "notes.txt")), "remove");
-    put(path_join(run, "checkpoints/mine"), "mine");
+    write_text(path_join(run, "checkpoints/mine"), "mine");
     refused(run, model, false, true, "(found checkpoints/mine)");
     CHECK(!path_remove(path_join(run, "checkpoints/mine")), "remove");
-    put(path_join(run, ".tmp-1-0"), "left over");
+    write_text(path_join(run, ".tmp-1-0"), "left over");
     accepted(run, model, false, true);
     CHECK(listing(run).empty(), "overwrite leaves %s", listing(run).c_str());
 
-    put(path_join(run, "thesis.tex"), "mine");
+    write_text(path_join(run, "thesis.tex"), "mine");
     refused(run, model, false, false, "(found thesis.tex)");
     refused(run, model, true, false, "(found thesis.tex)");
     refused(run, model, false, true, "(found thesis.tex)");

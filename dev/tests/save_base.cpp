@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "dev/tests/files.h"
 #include "dev/tests/fixture.h"
 
 static const char* const config_text =
@@ -17,35 +18,12 @@ static const char* const config_text =
     R"("hidden_act":"silu","eos_token_id":[3,4],"max_position_embeddings":64,"rms_norm_eps":1e-05,)"
     R"("rope_theta":500000.0,"tie_word_embeddings":false})";
 
-static void put(const std::string& path, const std::string& bytes) {
-    Error e = file_replace(path, bytes);
-    CHECK(!e, "%s", e.what.c_str());
-}
-
-static std::string get(const std::string& path) {
-    std::string bytes;
-    Error e = file_read_all(bytes, path);
-    CHECK(!e, "%s", e.what.c_str());
-    return bytes;
-}
-
-static std::string listing(const std::string& dir) {
-    std::vector<std::string> names;
-    Error e = dir_list(names, dir);
-    CHECK(!e, "%s", e.what.c_str());
-    std::string list;
-    for (const std::string& name : names) {
-        list += (list.empty() ? "" : " ") + name;
-    }
-    return list;
-}
-
 // A place with a model's directory `model` in it, which holds config.json alone.
 static std::string place() {
     std::string dir = test_directory();
     Error e = dir_create(dir + "/model");
     CHECK(!e, "%s", e.what.c_str());
-    put(dir + "/model/config.json", config_text);
+    write_text(dir + "/model/config.json", config_text);
     return dir;
 }
 
@@ -224,7 +202,7 @@ static void save_base_shards() {
         }
     }
     safetensors_close(st);
-    CHECK(text_has(get(to + "/model.safetensors.index.json"), "\"total_size\": 620\n"), "total_size");
+    CHECK(text_has(file_text(to + "/model.safetensors.index.json"), "\"total_size\": 620\n"), "total_size");
 
     e = write_units(dir + "/many", dir + "/model", 1, units);
     e = e ? e : checkpoint_open(st, dir + "/many");
@@ -261,7 +239,7 @@ static void save_base_config() {
         for (bool nested : {true, false}) {
             std::string dir = place(), to = dir + "/base", text = config_text;
             text.insert(1, c.more);
-            put(dir + "/model/config.json", text);
+            write_text(dir + "/model/config.json", text);
             Packed m(3, 96, nested, 3);
             std::vector<HostTensor> unit;
             bnb_tensors(unit, "x.weight", m.w, "BF16");
@@ -296,17 +274,17 @@ static void save_base_copies() {
     for (size_t i = 0; i < 6; i++) {
         std::string bytes = "{\"" + std::string(names[i]) + "\": \"\xC3\xA9\"}\r\n" + std::string(i, '\0');
         if (i % 2 == 0) {
-            put(model + "/" + names[i], bytes);
+            write_text(model + "/" + names[i], bytes);
             continue;
         }
-        put(dir + "/blobs/" + std::to_string(i), bytes);
+        write_text(dir + "/blobs/" + std::to_string(i), bytes);
         CHECK(symlink(("../blobs/" + std::to_string(i)).c_str(), (model + "/" + names[i]).c_str()) == 0, "symlink");
     }
-    put(dir + "/blobs/config", config_text);
+    write_text(dir + "/blobs/config", config_text);
     CHECK(unlink((model + "/config.json").c_str()) == 0 &&
               symlink("../blobs/config", (model + "/config.json").c_str()) == 0,
           "symlink");
-    put(model + "/README.md", "not copied");
+    write_text(model + "/README.md", "not copied");
     std::string before = listing(model) + listing(dir + "/blobs");
     Error e = write_units(to, model, 1000, {{plain_tensor("model.embed_tokens.weight", 4, 1)}});
     CHECK(!e, "%s", e.what.c_str());
@@ -317,10 +295,11 @@ static void save_base_copies() {
     for (const char* name : names) {
         std::string path = to + "/" + name;
         char target[16];
-        CHECK(get(path) == get(model + "/" + name) && readlink(path.c_str(), target, sizeof target) < 0, "%s", name);
+        CHECK(file_text(path) == file_text(model + "/" + name) && readlink(path.c_str(), target, sizeof target) < 0,
+              "%s", name);
     }
-    CHECK(listing(model) + listing(dir + "/blobs") == before && get(model + "/config.json") == config_text &&
-              get(dir + "/blobs/config") == config_text,
+    CHECK(listing(model) + listing(dir + "/blobs") == before && file_text(model + "/config.json") == config_text &&
+              file_text(dir + "/blobs/config") == config_text,
           "the model's directory changed");
 }
 
@@ -340,8 +319,8 @@ static void refused(const std::string& dir, const std::string& to, const std::st
 static void save_base_refusals() {
     std::string dir = place();
     CHECK(!dir_create(dir + "/full") && !dir_create(dir + "/mine"), "create");
-    put(dir + "/full/a b", "precious");
-    put(dir + "/file", "precious");
+    write_text(dir + "/full/a b", "precious");
+    write_text(dir + "/file", "precious");
     CHECK(symlink("model", (dir + "/link").c_str()) == 0 && symlink("nowhere", (dir + "/dangling").c_str()) == 0 &&
               symlink("full", (dir + "/.new.save-base").c_str()) == 0,
           "symlink");
@@ -359,7 +338,8 @@ static void save_base_refusals() {
     refused(dir, "/proc/x", "/proc");
     refused(dir, dir + "/new", "/.new.save-base: is in the way");
     refused(dir, dir + "/much", "too little disk space for the base", 1, UINT64_MAX);
-    CHECK(get(dir + "/full/a b") == "precious" && get(dir + "/file") == "precious", "what was there changed");
+    CHECK(file_text(dir + "/full/a b") == "precious" && file_text(dir + "/file") == "precious",
+          "what was there changed");
 
     BaseWriter first;
     Error e = base_writer_open(first, dir + "/mine", dir + "/model", 0);
@@ -374,7 +354,7 @@ static void save_base_refusals() {
 static void save_base_places() {
     std::string dir = place();
     CHECK(!dir_create(dir + "/real") && !dir_create(dir + "/.slash.save-base/deep"), "create");
-    put(dir + "/.slash.save-base/model-00001-of-00000.safetensors", "half");
+    write_text(dir + "/.slash.save-base/model-00001-of-00000.safetensors", "half");
     CHECK(symlink("real", (dir + "/link").c_str()) == 0, "symlink");
     for (const char* name : {"link", "slash//", "deep/er/base"}) {
         std::string to = dir + "/" + name;
@@ -434,10 +414,10 @@ static void save_base_failures() {
 
     e = base_writer_open(w, to, model, 0);  // nothing of the first use is left in it
     CHECK(!e && w.shards.empty() && w.total_bytes == 0 && !dir_create(to), "%s", e.what.c_str());
-    put(to + "/other", "precious");
+    write_text(to + "/other", "precious");
     e = base_writer_add(w, embed);
     e = e ? e : base_writer_close(w);
-    CHECK(e.code == 1 && text_has(e.what, "cannot rename") && get(to + "/other") == "precious" &&
+    CHECK(e.code == 1 && text_has(e.what, "cannot rename") && file_text(to + "/other") == "precious" &&
               listing(dir) == "base model",
           "'%s' (code %d), %s", e.what.c_str(), e.code, listing(dir).c_str());
 

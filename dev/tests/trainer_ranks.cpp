@@ -383,6 +383,10 @@ static void saved_base_is_the_same_base() {
     CHECK(train(&out, common + "n --save-base " + root + "/n/base" + base()) == 2 &&
               text_has(out, "lies in the run directory") && !path_exists(root + "/n"),
           "into the run directory:\n%s", out.c_str());
+    CHECK(
+        train(&out, " -q -i " + data + base() + " -r 4 -o " + root + "/n/ --save-base " + root + "/x/../n/base") == 2 &&
+            text_has(out, "lies in the run directory") && !path_exists(root + "/n"),
+        "the same, spelt otherwise:\n%s", out.c_str());
     CHECK(train(&out, common + "d --save-base " + root + "/other -m " + root + "/base") == 2 &&
               text_has(out, "nothing to save"),
           "saved again:\n%s", out.c_str());
