@@ -101,7 +101,7 @@ $(BUILD)/probe.mk: scripts/probe.sh
 common := -std=c++17 $(flags_$(config)) -Wall -Wextra -ffp-contract=off $(BASE_ARCH) \
           $(if $(HAVE_OPENMP),-fopenmp,-Wno-unknown-pragmas)
 cxx_flags := $(common) -I.
-libraries := -lpcre2-8 -lcrypto
+libraries := -lpcre2-8 -lcrypto -ldl
 comma := ,
 empty :=
 space := $(empty) $(empty)
@@ -133,6 +133,9 @@ gpu        := $(if $(HAVE_CUDA),$(call object,$(gpu_real)))
 comm       := $(call object,kernels/comm_$(if $(HAVE_MPI),mpi,none).cpp)
 alone      := $(call object,kernels/comm_none.cpp)
 simt       := $(call object,$(addprefix simt/,$(gpu_sources) $(simt_sources)))
+# The tiles of AMX have a stand-in as well, for the same programs.
+amx_sources := $(addprefix kernels/cpu/,isa_amx.cpp isa_choose.cpp amx_permitted.cpp)
+amx         := $(call object,$(addprefix simt/,$(amx_sources)))
 simt_tests := $(call object,$(filter dev/tests/simt%,$(test_sources)))
 gpu_tests  := $(call object,$(filter dev/tests/gpu_%,$(test_sources)))
 tests      := $(filter-out $(gpu_tests) $(simt_tests),$(call object,$(test_sources)))
@@ -149,9 +152,12 @@ benches := $(addprefix $(BUILD)/,$(cpu_benches) $(ops))
 # Each instruction tier is one file with flags of its own; the rest runs on any processor of the kind.
 ifneq (,$(x86))
 $(BUILD)/kernels/cpu/isa_avx2.o: tier := -mavx2 -mfma -mf16c -mbmi2
-$(BUILD)/kernels/cpu/isa_avx512.o: tier := -mavx512f -mavx512bw -mavx512dq -mavx512vl \
-                                           -mavx2 -mfma -mf16c -mbmi2 -mprefer-vector-width=512
+avx512 := -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mbmi2 -mprefer-vector-width=512
+$(BUILD)/kernels/cpu/isa_avx512.o: tier := $(avx512)
+$(BUILD)/kernels/cpu/isa_avx512vnni.o: tier := $(avx512) -mavx512vnni -mavx512vbmi
+$(BUILD)/kernels/cpu/isa_amx.o $(BUILD)/simt/kernels/cpu/isa_amx.o: tier := $(avx512) -mavx512vnni -mavx512vbmi -mavx512bf16 -mamx-tile -mamx-bf16
 endif
+$(amx): defines := -DAMX_STANDIN
 $(programs:%=$(BUILD)/%.o): defines := -DHAVE_GPU=$(if $(HAVE_CUDA),1,0)
 $(programs:%=$(BUILD)/simt/%.o): defines := -DHAVE_GPU=2
 
@@ -183,6 +189,10 @@ $(call object,$(simt_sources:%=simt/%)): $(BUILD)/simt/%.o: %.cpp $(BUILD)/probe
 	@mkdir -p $(@D)
 	@echo '  compile $<'
 	$(Q)$(COMPILE_SIMT) -MMD -MP -c $< -o $@
+$(amx): $(BUILD)/simt/%.o: %.cpp $(BUILD)/probe.mk
+	@mkdir -p $(@D)
+	@echo '  compile $< (stand-in)'
+	$(Q)$(COMPILE) -MMD -MP -c $< -o $@
 $(simt_tests): $(BUILD)/%.o: %.cpp $(BUILD)/probe.mk
 	@mkdir -p $(@D)
 	@echo '  compile $<'
@@ -207,7 +217,7 @@ $(programs:%=$(BUILD)/%): $(BUILD)/%: $(BUILD)/%.o $(library) $(comm) $(gpu)
 	@echo '  link    $@'
 	$(Q)$(link) $(MPI_LIBRARIES) $(if $(gpu),$(CUDA_LIBRARIES)) -o $@
 $(BUILD)/simt/test_llama: $(tests) $(gpu_tests) $(simt_tests)
-$(simt_programs): %: %.o $(library) $(comm) $(simt)
+$(simt_programs): %: %.o $(filter-out $(call object,$(amx_sources)),$(library)) $(amx) $(comm) $(simt)
 	@echo '  link    $@'
 	$(Q)$(link) $(MPI_LIBRARIES) -o $@
 $(tools) $(cpu_benches:%=$(BUILD)/%): $(BUILD)/%: $(BUILD)/dev/%.o $(library) $(alone)
@@ -223,7 +233,7 @@ $(programs): %: $(BUILD)/% FORCE
 	@[ $< -ef $@ ] || ln -f $< $@ 2>/dev/null || { cp -f $< $@.new && mv -f $@.new $@; }
 
 -include $(wildcard $(patsubst %,$(BUILD)/%*.d,/ io/ tokenizer/ kernels/ kernels/cpu/ dev/ dev/tests/ \
-                    simt/ simt/kernels/ simt/dev/simt/))
+                    simt/ simt/kernels/ simt/kernels/cpu/ simt/dev/simt/))
 
 # ---- goals that are no files
 
@@ -254,7 +264,7 @@ simt: $(simt_programs)
 test: $(programs) simt tools
 	@rm -f $(BUILD)/simt/kernels.txt
 	@scripts/tally.sh ./test_llama 'SIMT_KERNELS=$(BUILD)/simt/kernels.txt SIMT_STREAMS=queues \
-	    TRAIN_LLAMA_PROGRAM=$(BUILD)/simt/train_llama $(BUILD)/simt/test_llama gpu_ simt'
+	    TRAIN_LLAMA_PROGRAM=$(BUILD)/simt/train_llama $(BUILD)/simt/test_llama gpu_ simt amx/ math/losses'
 
 resources: $(gpu)
 	@scripts/resources.py $(BUILD)

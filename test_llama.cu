@@ -20,8 +20,9 @@ extern const Test json_tests[], files_tests[], safetensors_tests[], bnb_tests[],
 extern const Test options_tests[], run_tests[];
 extern const Test tokenizer_tests[], tokenizer_files_tests[], records_tests[], chat_tests[], pack_tests[];
 extern const Test random_tests[], elementwise_tests[], attention_tests[], adamw_tests[];
-extern const Test linear_tests[], nf4_tests[], classifier_tests[];
-extern const Test convert_tests[], model_tests[], plan_tests[], schedule_tests[], load_tests[], trainer_tests[];
+extern const Test linear_tests[], nf4_tests[], classifier_tests[], format_tests[], amx_tests[];
+extern const Test convert_tests[], model_tests[], plan_tests[], schedule_tests[], load_tests[], trainer_tests[],
+    math_tests[];
 extern const Test bad_inputs_tests[], trainer_ranks_tests[], ranks_trainer_tests[];
 extern const Test forecast_tests[], parts_tests[], save_base_tests[], comm_tests[], ranks_comm_tests[],
     ends_comm_tests[];
@@ -52,6 +53,8 @@ static const struct {
     {"elementwise", elementwise_tests, false},
     {"attention", attention_tests, false},
     {"adamw", adamw_tests, false},
+    {"format", format_tests, false},
+    {"amx", amx_tests, false},
     {"linear", linear_tests, false},
     {"nf4", nf4_tests, false},
     {"classifier", classifier_tests, false},
@@ -61,6 +64,7 @@ static const struct {
     {"schedule", schedule_tests, false},
     {"load", load_tests, false},
     {"trainer", trainer_tests, true},
+    {"math", math_tests, true},
     {"bad_inputs", bad_inputs_tests, true},
     {"forecast", forecast_tests, false},
     {"parts", parts_tests, false},

@@ -3,20 +3,23 @@
 #pragma once
 #include "kernels/cpu/peak.h"
 #include "train_ranks.h"
+#include "train_speed.h"
 
 // ---------------------------------------------------------------------------------------------------------------------
 // one question, two answers
 
 // The instruction tier or the card's generation with its arithmetic: results are the same bits on the same tier.
-inline std::string device_tier(const Cpu<float>& dev) {
-    return dev.isa->name;
+template <class X>
+std::string device_tier(const Cpu<X>& dev) {
+    return text_format("%s, %s", dev.isa->name, dev.base->name);
 }
 template <class X>
 std::string device_tier(const Gpu<X>& dev) {
     return text_format("sm_%d, %s", dev.info.arch, sizeof(X) == 2 ? "bf16" : "fp32");
 }
 
-inline const char* device_kind(const Cpu<float>&) {
+template <class X>
+const char* device_kind(const Cpu<X>&) {
     return "cpu";
 }
 template <class X>
@@ -24,15 +27,17 @@ const char* device_kind(const Gpu<X>&) {
     return "cuda";
 }
 
-inline std::string device_label(const Cpu<float>& dev) {
-    return text_format("cpu, %s", dev.isa->name);
+template <class X>
+std::string device_label(const Cpu<X>& dev) {
+    return "cpu, " + device_tier(dev);
 }
 template <class X>
 std::string device_label(const Gpu<X>& dev) {
     return text_format("cuda, %s, %s", dev.info.name, sizeof(X) == 2 ? "bf16" : "fp32");
 }
 
-inline uint64_t device_memory(const Cpu<float>& dev) {
+template <class X>
+uint64_t device_memory(const Cpu<X>& dev) {
     return machine_memory() / uint64_t(dev.comm != nullptr ? dev.comm->local_size : 1);
 }
 template <class X>
@@ -40,8 +45,10 @@ uint64_t device_memory(const Gpu<X>& dev) {
     return dev.info.memory;
 }
 
-// GFLOP/s that the matrix products can reach. CPU: measured now; a card: what its kind sustains at its clocks.
-inline double device_peak_gflops(Cpu<float>& dev) {
+// GFLOP/s that the matrix products can reach. CPU: measured now, in the arithmetic of the frozen matrices; a card: what
+// its kind sustains at its clocks.
+template <class X>
+double device_peak_gflops(Cpu<X>& dev) {
     return cpu_peak_gflops(dev);
 }
 template <class X>
@@ -50,7 +57,8 @@ double device_peak_gflops(Gpu<X>& dev) {
 }
 
 // The same at the end of a benchmark, measured now; before: what was measured at its start.
-inline double device_measured_gflops(Cpu<float>& dev, double before) {
+template <class X>
+double device_measured_gflops(Cpu<X>& dev, double before) {
     return std::max(before, cpu_peak_gflops(dev));
 }
 template <class X>
@@ -58,7 +66,8 @@ double device_measured_gflops(Gpu<X>& dev, double) {
     return matmul_gflops(dev);
 }
 
-inline std::string device_peak_memory(Cpu<float>&) {
+template <class X>
+std::string device_peak_memory(Cpu<X>&) {
     return "peak memory " + text_bytes(double(peak_memory()));
 }
 template <class X>
@@ -68,7 +77,8 @@ std::string device_peak_memory(Gpu<X>& dev) {
 }
 
 // Memory for the whole plan in one piece, before anything is read, and its choice of kernels.
-inline Error device_take(Cpu<float>&, const Plan&) {
+template <class X>
+Error device_take(Cpu<X>&, const Plan&) {
     return {};
 }
 template <class X>
@@ -113,11 +123,6 @@ void plan_wishes(Run& run, const Dev& dev) {
 // ---------------------------------------------------------------------------------------------------------------------
 // the speed to expect
 
-// Of a pass on a CPU: its arithmetic at the rank's part of the peak of all.
-inline double plan_seconds(const Cpu<float>&, const Run& run, const Batch& b) {
-    return pass_flops(run.c, run.lora, b) / 1e9 / (run.peak_gflops / run.comm.size);
-}
-
 // Of a pass on a card: matrix products and what is made again at the products' rate, weights restored, attention at the
 // third of that rate that it reaches, and the bytes that the ops between them read and write, at the memory's rate.
 template <class X>
@@ -135,21 +140,60 @@ double plan_seconds(const Gpu<X>& dev, const Run& run, const Batch& b) {
            elements * N * c.L * sizeof(X) / (dev.info.gbytes_per_s * 1e9);
 }
 
-// tok/s of all ranks, each with such a batch, under the plan; on the CPU that is an upper bound.
-template <class Dev>
-double plan_tokens_per_s(const Dev& dev, const Run& run, const Batch& b) {
+// tok/s of all ranks, each with such a batch, under the plan.
+template <class X>
+double plan_tokens_per_s(const Gpu<X>& dev, const Run& run, const Batch& b) {
     return double(b.size()) / plan_seconds(dev, run, b) * run.comm.size;
 }
 
-inline std::string speed_text(const Cpu<float>&, const Run& run, double tokens_per_s) {
-    return text_format("speed at most %.*f tok/s (the measured peak of %.0f GFLOP/s; half of it is usual)",
-                       tokens_per_s < 10 ? 2 : 0, tokens_per_s, run.peak_gflops);
+// The costs of a CPU are measured, on the fullest pass of this step; those of a card are known.
+template <class X>
+Speed device_speed(const Cpu<X>& dev, const Run& run, const BaseOptions& base, const std::vector<size_t>& examples) {
+    Batch fullest, b;
+    for (const std::vector<size_t>& pass : passes_make(run.train, examples, run.plan.pass_tokens, run.o.pack)) {
+        batch_make(b, run.train, pass);
+        fullest = b.size() > fullest.size() ? b : fullest;
+    }
+    return speed_measure(dev, run.c, run.lora, base, fullest);
 }
 template <class X>
-std::string speed_text(const Gpu<X>& dev, const Run&, double tokens_per_s) {
+Speed device_speed(const Gpu<X>&, const Run&, const BaseOptions&, const std::vector<size_t>&) {
+    return {};
+}
+
+// The speed to expect in these steps; on a card, in the first.
+template <class X>
+std::string speed_text(const Cpu<X>&, const Run& run, const Speed& speed,
+                       const std::vector<std::vector<size_t>>& steps) {
+    double tokens = 0, seconds = 0, flops = 0, in_products = 0;
+    for (const std::vector<size_t>& examples : steps) {
+        double slowest = 0;
+        for (const std::vector<size_t>& mine : examples_deal(run.train, examples, run.comm.size)) {
+            const Work w = work_step<Cpu<X>>(run.c, run.lora, run.plan, run.o.pack, speed.head_rows, run.train, mine);
+            slowest = std::max(slowest, work_seconds(speed, w));
+            for (int part = 0; part < SPEED_PARTS; part++) {
+                flops += is_product(part) ? w.units[part] : 0;
+                in_products += is_product(part) ? work_seconds(speed, w, part) : 0;
+            }
+        }
+        seconds += slowest;
+        for (size_t i : examples) {
+            tokens += double(run.train.length(i));
+        }
+    }
+    const double rate = tokens / seconds;
+    return text_format(
+        "predicted speed %.*f tok/s (calibrated here: matrix products at %.0f GFLOP/s, memory at %.1f GB/s)",
+        rate < 10 ? 2 : 0, rate, flops / in_products / 1e9, 1e-9 / speed.per_unit[OP_ADAMW]);
+}
+template <class X>
+std::string speed_text(const Gpu<X>& dev, const Run& run, const Speed&, const std::vector<std::vector<size_t>>& steps) {
     if (dev.info.gflops == 0) {
         return "predicted speed: unknown, this device does not tell its clocks";
     }
+    Batch b;
+    batch_make(b, run.train, steps[0]);
+    const double tokens_per_s = plan_tokens_per_s(dev, run, b);
     return text_format("predicted speed %.*f tok/s (matrix products at %.0f TFLOP/s, memory at %.0f GB/s)",
                        tokens_per_s < 10 ? 2 : 0, tokens_per_s, dev.info.gflops / 1e3, dev.info.gbytes_per_s);
 }
@@ -158,9 +202,9 @@ std::string speed_text(const Gpu<X>& dev, const Run&, double tokens_per_s) {
 // the choice
 
 inline Error device_settings(const Options& o) {
-    if (o.math == "int16" || (o.math == "bf16" && o.device == "cpu")) {
-        return bad_input("--math %s: the CPU computes in fp32 only in this version", o.math.c_str())
-            .hinted("leave out --math");
+    if (o.math == "int16" && o.device == "cuda") {
+        return bad_input("--math int16 is an arithmetic of the CPU; a GPU has bf16 and fp32")
+            .hinted("leave out --math, or train on the CPU with --device cpu");
     }
     if (o.device == "cuda" && !HAVE_GPU) {
         return bad_input("--device cuda: this program was built without CUDA")
@@ -192,17 +236,40 @@ inline int cards_of_ranks(const Run& run, int have) {
     return int(sum_of_ranks(run, have));
 }
 
-// The tier that all ranks have: on different ones the same update would round differently.
-inline void tier_agree(const Run& run, Cpu<float>& dev) {
-    if (ranks_of(run) == nullptr) {
-        return;
+// The tier to compute in: what this processor has, or TRAIN_LLAMA_CPU names; with ranks, what all of them have, since on
+// different tiers the same update would round differently.
+inline Error tier_choose(const CpuIsa** isa, Run& run) {
+    *isa = cpu_isa_asked();
+    Error e;
+    if (*isa == nullptr) {
+        e = bad_input("TRAIN_LLAMA_CPU names a tier that is unknown or that this processor lacks")
+                .hinted("unset it, or set it to ref, avx2, avx512, avx512vnni or amx");
     }
-    const std::vector<std::string> tiers = comm_all_gather_text(run.comm, dev.isa->name);
-    for (const char* name : {"avx512", "avx2", "ref"}) {  // from the best down
+    e = ranks_agree(run, e);
+    if (e || ranks_of(run) == nullptr) {
+        return e;
+    }
+    const std::vector<std::string> tiers = comm_all_gather_text(run.comm, (*isa)->name);
+    for (const char* name : {"amx", "avx512vnni", "avx512", "avx2", "ref"}) {  // from the best down
         if (std::find(tiers.begin(), tiers.end(), name) != tiers.end()) {
-            dev.isa = cpu_isa_choose(name);
+            *isa = cpu_isa_choose(name);
         }
     }
+    return {};
+}
+
+// Runs fn on the processor, in the arithmetic that --math names.
+template <class X, class Fn>
+Error with_cpu(Run& run, const CpuIsa* isa, const Fn& fn) {
+    Cpu<X> dev;
+    device_open(dev, rank_threads(run));
+    dev.isa = isa;
+    if (!device_math(dev, run.o.math.c_str())) {
+        return bad_input("--math %s: the processor has no %s (its tier is %s)", run.o.math.c_str(),
+                         run.o.math == "int16" ? "AVX-512 with VNNI and VBMI" : "AMX", isa->name)
+            .hinted("leave out --math, and the fastest arithmetic that it has is taken");
+    }
+    return with_ranks(run, dev, fn);
 }
 
 #if HAVE_GPU
@@ -238,30 +305,21 @@ template <class Fn>
 Error with_device(Run& run, const Fn& fn) {
 #if HAVE_GPU
     bool used = false;
-    Error e = run.o.device == "cpu"  ? Error()
+    Error e = run.o.device == "cpu" || run.o.math == "int16" ? Error()
               : run.o.math == "fp32" ? with_gpu<float>(run, &used, fn)
                                      : with_gpu<bf16>(run, &used, fn);
     if (used) {
         return e;
     }
 #endif
-    Cpu<float> dev;
-    device_open(dev, rank_threads(run));
-    Error tier;
-    if (dev.isa == nullptr) {
-        tier = bad_input("TRAIN_LLAMA_CPU names a tier that is unknown or that this processor lacks")
-                   .hinted("unset it, or set it to ref, avx2 or avx512");
-    }
-    if (Error e = ranks_agree(run, tier)) {
-        return e;
-    }
-    tier_agree(run, dev);
-    if (run.o.math == "bf16") {
-        return bad_input("--math bf16: the CPU computes in fp32 only in this version").hinted("leave out --math");
-    }
     if (run.o.gemm != "auto" || run.o.paged_optimizer) {
         console_warn(run.console, "%s is a choice for GPUs and changes nothing here",
                      run.o.gemm != "auto" ? ("--gemm " + run.o.gemm).c_str() : "--paged-optimizer");
     }
-    return with_ranks(run, dev, fn);
+    const CpuIsa* isa = nullptr;
+    if (Error e = tier_choose(&isa, run)) {
+        return e;
+    }
+    const bool in_bf16 = isa->bf16 != nullptr && (run.o.math == "auto" || run.o.math == "bf16");
+    return in_bf16 ? with_cpu<bf16>(run, isa, fn) : with_cpu<float>(run, isa, fn);
 }

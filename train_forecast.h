@@ -1,5 +1,5 @@
-// What a step costs on many ranks, told without them: the seconds of train_device.h for each rank's passes, and what
-// the link between the ranks adds.
+// What a step costs on many ranks, told without them: the seconds of each rank's passes, by train_speed.h on a CPU and
+// by train_device.h on a card, and what the link between the ranks adds.
 //
 // B: bytes a second that a rank can send and at the same time receive. R ranks, L layers.
 //
@@ -19,9 +19,9 @@
 // A spread base keeps the ranks in step layer by layer: in each round of passes all wait for the one that has most to
 // do. Without it they meet at the sum alone. efficiency = work of all ranks / R / seconds of the step.
 //
-// Left out: the time that a message takes to start, the small exchanges of a step (loss, norm, signals), and what
-// NCCL's own blocks take from a card. One link for all: no difference between cards of one machine and those of
-// another.
+// Left out: the update, the time that a message takes to start, the small exchanges of a step (loss, norm, signals),
+// and what NCCL's own blocks take from a card. One link for all: no difference between cards of one machine and those
+// of another.
 #pragma once
 #include "train_device.h"
 
@@ -35,15 +35,6 @@ bool is_link_beside(const Gpu<X>&) {
     return true;
 }
 
-// Floating-point operations a second of a rank's matrix products. CPU: the peak was measured on all ranks together.
-inline double rank_rate(const Cpu<float>&, const Run& run) {
-    return run.peak_gflops * 1e9 / run.comm.size;
-}
-template <class X>
-double rank_rate(const Gpu<X>& dev, const Run&) {
-    return dev.info.gflops * 1e9;
-}
-
 // Seconds of a pass: between forward and backward, of a layer forward, of each layer backward. A rank that has no pass
 // left goes through an empty one.
 struct PassTime {
@@ -55,9 +46,26 @@ struct PassTime {
     }
 };
 
-// The layers share what the head leaves, by plan_cost of what each makes again.
-template <class Dev>
-PassTime pass_time(const Dev& dev, const Run& run, const Batch& b) {
+// CPU: by the costs measured here. What is before the first layer is laid on the head.
+template <class X>
+PassTime pass_time(const Cpu<X>&, const Run& run, const Speed& speed, const Batch& b) {
+    PassTime t;
+    Work ends, forward;
+    work_ends(ends, run.c, b, speed.head_rows);
+    work_layer_forward(forward, run.c, run.lora, b);
+    t.head = work_seconds(speed, ends);
+    t.forward = work_seconds(speed, forward);
+    for (int l = 0; l < run.c.L; l++) {
+        Work w;
+        work_layer_backward(w, run.c, run.lora, b, recompute_of(run.plan.recompute, l), l == 0);
+        t.backward.push_back(work_seconds(speed, w));
+    }
+    return t;
+}
+
+// A card: the layers share what the head leaves, by plan_cost of what each makes again.
+template <class X>
+PassTime pass_time(const Gpu<X>& dev, const Run& run, const Speed&, const Batch& b) {
     const LlamaConfig& c = run.c;
     Plan one = run.plan;
     std::vector<double> cost;
@@ -68,7 +76,7 @@ PassTime pass_time(const Dev& dev, const Run& run, const Batch& b) {
     one.recompute = recompute_everywhere(Recompute::NONE, c.L);
     const double forward = plan_cost(one, c, plan_restore_tokens(dev), 0) / 2;
     PassTime t;
-    t.head = 4 * double(b.n_labels) * double(c.V) * c.C / rank_rate(dev, run);
+    t.head = 4 * double(b.n_labels) * double(c.V) * c.C / (dev.info.gflops * 1e9);
     const double unit = (plan_seconds(dev, run, b) - t.head) / std::accumulate(cost.begin(), cost.end(), 0.0);
     t.forward = unit * forward;
     for (double whole : cost) {
@@ -136,7 +144,8 @@ struct Forecast {
 
 // A step of these examples under run.plan. slice: bytes of a layer that a rank keeps; 0: it has the whole base.
 template <class Dev>
-Forecast forecast_step(const Dev& dev, const Run& run, size_t slice, const std::vector<size_t>& examples) {
+Forecast forecast_step(const Dev& dev, const Run& run, const Speed& speed, size_t slice,
+                       const std::vector<size_t>& examples) {
     const int R = run.plan.ranks;
     const double gather_bytes = double(R - 1) * double(slice), sum_bytes = 2.0 * (R - 1) / R * 4;
     PassTime none;
@@ -151,7 +160,7 @@ Forecast forecast_step(const Dev& dev, const Run& run, size_t slice, const std::
         for (const std::vector<size_t>& pass : passes_make(run.train, dealt[r], run.plan.pass_tokens, run.o.pack)) {
             batch_make(b, run.train, pass);
             f.tokens += b.size();
-            ranks[r].push_back(pass_time(dev, run, b));
+            ranks[r].push_back(pass_time(dev, run, speed, b));
             compute[r] += ranks[r].back().seconds();
         }
         rounds = std::max(rounds, ranks[r].size());
@@ -185,24 +194,18 @@ Forecast forecast_step(const Dev& dev, const Run& run, size_t slice, const std::
 }
 
 // Whether there is a speed to go by.
-inline bool is_speed_known(const Cpu<float>&) {
+template <class X>
+bool is_speed_known(const Cpu<X>&) {
     return true;
 }
 template <class X>
 bool is_speed_known(const Gpu<X>& dev) {
     return dev.info.gflops > 0;
 }
-inline const char* speed_bound(const Cpu<float>&) {  // as speed_text says it
-    return "at most ";
-}
-template <class X>
-const char* speed_bound(const Gpu<X>&) {
-    return "";
-}
 
 // The mean of these steps in one line.
 template <class Dev>
-std::string forecast_text(const Dev& dev, const Run& run, const BaseOptions& base,
+std::string forecast_text(const Dev& dev, const Run& run, const Speed& speed, const BaseOptions& base,
                           const std::vector<std::vector<size_t>>& steps) {
     const int R = run.plan.ranks;
     const std::string head = text_format("%d %s at %g GB/s: %s a rank; ", R, R == 1 ? "rank" : "ranks", run.o.link,
@@ -213,7 +216,7 @@ std::string forecast_text(const Dev& dev, const Run& run, const BaseOptions& bas
     const size_t slice = run.plan.spread ? spread_slice(base_measure(dev, run.c, base).layer, R) : 0;
     Forecast sum;
     for (const std::vector<size_t>& examples : steps) {
-        const Forecast f = forecast_step(dev, run, slice, examples);
+        const Forecast f = forecast_step(dev, run, speed, slice, examples);
         sum.seconds += f.seconds;
         sum.compute += f.compute;
         sum.work += f.work;
@@ -223,17 +226,18 @@ std::string forecast_text(const Dev& dev, const Run& run, const BaseOptions& bas
     const double n = double(steps.size()), seconds = sum.seconds / n, tokens_per_s = double(sum.tokens) / sum.seconds;
     const int digits = seconds < 0.1 ? 4 : seconds < 1 ? 3 : seconds < 10 ? 2 : 1;
     return head + text_format(
-                      "a step of %s tokens %.*f s = compute %.*f + other ranks %.*f (%s each way); %s%.*f tok/s "
+                      "a step of %s tokens %.*f s = compute %.*f + other ranks %.*f (%s each way); %.*f tok/s "
                       "together, efficiency %.0f %%",
                       text_count(uint64_t(double(sum.tokens) / n)).c_str(), digits, seconds, digits, sum.compute / n,
-                      digits, seconds - sum.compute / n, text_bytes(sum.bytes / n).c_str(), speed_bound(dev),
-                      tokens_per_s < 10 ? 2 : 0, tokens_per_s, 100 * sum.work / R / sum.seconds);
+                      digits, seconds - sum.compute / n, text_bytes(sum.bytes / n).c_str(), tokens_per_s < 10 ? 2 : 0,
+                      tokens_per_s, 100 * sum.work / R / sum.seconds);
 }
 
 // Says it, when --ranks asks for it.
 template <class Dev>
-void forecast_show(Run& run, const Dev& dev, const BaseOptions& base, const std::vector<std::vector<size_t>>& steps) {
+void forecast_show(Run& run, const Dev& dev, const Speed& speed, const BaseOptions& base,
+                   const std::vector<std::vector<size_t>>& steps) {
     if (run.o.ranks > 0) {
-        console_fact(run.console, "%s", forecast_text(dev, run, base, steps).c_str());
+        console_fact(run.console, "%s", forecast_text(dev, run, speed, base, steps).c_str());
     }
 }

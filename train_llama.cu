@@ -324,17 +324,16 @@ Error dry_run(Run& run, const Dev& dev, const BaseOptions& base) {
         }
         console_fact(run.console, "%zu examples written to %s", run.train.size(), o.dump_data.c_str());
     }
-    Batch b;
-    batch_make(b, run.train, step_examples(run, 0));
     console_fact(run.console, "%lld steps, %lld an epoch; peak rate %.3g after %lld steps of warm-up, %s",
                  (long long)run.steps, (long long)run.steps_per_epoch, run.lr, (long long)run.warmup,
                  o.schedule.c_str());
-    console_fact(run.console, "%s", speed_text(dev, run, plan_tokens_per_s(dev, run, b)).c_str());
     std::vector<std::vector<size_t>> steps;
-    for (int64_t s = 0; s < std::min<int64_t>(run.steps_per_epoch, 50) && run.o.ranks > 0; s++) {
+    for (int64_t s = 0; s < std::min<int64_t>(run.steps_per_epoch, 50); s++) {
         steps.push_back(step_examples(run, s));
     }
-    forecast_show(run, dev, base, steps);
+    const Speed speed = device_speed(dev, run, base, steps[0]);
+    console_fact(run.console, "%s", speed_text(dev, run, speed, steps).c_str());
+    forecast_show(run, dev, speed, base, steps);
     console_fact(run.console, "dry run: nothing was trained, no run directory was made");
     return {};
 }
@@ -510,9 +509,10 @@ Error benchmark(Run& run, Dev& dev) {
         return plan;
     }
     benchmark_data(run, o.batch);
-    Batch first;
-    batch_make(first, run.train, passes_make(run.train, {0}, run.plan.pass_tokens, o.pack)[0]);
-    console_fact(run.console, "%s", speed_text(dev, run, plan_tokens_per_s(dev, run, first)).c_str());
+    std::vector<size_t> examples(run.train.size());
+    std::iota(examples.begin(), examples.end(), size_t(0));
+    const Speed speed = device_speed(dev, run, base, examples);
+    console_fact(run.console, "%s", speed_text(dev, run, speed, {examples}).c_str());
     plan_base(base, run.plan);
     Llama<Dev> m;
     m.dev = std::exchange(dev, Dev());  // the model's from here on: llama_free closes it
@@ -525,8 +525,6 @@ Error benchmark(Run& run, Dev& dev) {
     llama_adapter_create(m, run.lora, run.plan.paged);
     llama_activations_create(m, run.plan.pass_tokens, run.max_tokens, run.plan.recompute, true);
     llama_adapter_init(m, o.seed);
-    std::vector<size_t> examples(run.train.size());
-    std::iota(examples.begin(), examples.end(), size_t(0));
     std::vector<double> seconds;
     StepResult r;
     for (int64_t s = 0; s <= o.benchmark; s++) {  // the first is a warm-up
@@ -587,13 +585,12 @@ Error shape_plan(Run& run, Dev& dev) {
     if (e) {  // a plan is what was asked for; that it does not fit here is part of it
         console_warn(run.console, "%s", e.what.c_str());
     }
-    benchmark_data(run, run.o.ranks > 0 ? run.o.batch : 1);
-    Batch b;
-    batch_make(b, run.train, {0});
-    console_fact(run.console, "%s", speed_text(dev, run, plan_tokens_per_s(dev, run, b)).c_str());
+    benchmark_data(run, run.o.batch);
     std::vector<size_t> step(run.train.size());
     std::iota(step.begin(), step.end(), size_t(0));
-    forecast_show(run, dev, base, {step});
+    const Speed speed = device_speed(dev, run, base, step);
+    console_fact(run.console, "%s", speed_text(dev, run, speed, {step}).c_str());
+    forecast_show(run, dev, speed, base, {step});
     return {};
 }
 

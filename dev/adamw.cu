@@ -2,7 +2,8 @@
 //
 //   1  an element a thread, then first_nonfinite in a launch of its own
 //   2* kernels/adamw.cuh: 16 bytes a thread of each of four buffers, the check of p in the same launch
-//   c1* kernels/cpu/adamw.h
+//   c1  plain loops, the check of p in the same walk
+//   c2* kernels/cpu/adamw.h: row kernels, then the check
 #include "dev/harness.h"
 #include "kernels/adamw.cuh"
 #include "kernels/cpu/adamw.h"
@@ -73,9 +74,32 @@ static void production(Dev& dev, Run& r) {
     adamw_update(dev, r.get<float>(P), r.get<float>(M), r.get<float>(V), r.get<float>(G), r["N"], rates);
 }
 
+static void on_cpu1(Cpu<float>& dev, Run& r) {
+    const AdamWScalars<float> a = adamw_scalars<float>(rates);
+    float *p = r.get<float>(P), *m = r.get<float>(M), *v = r.get<float>(V), *g = r.get<float>(G);
+    std::atomic<bool> finite{true};
+    parallel_ranges(dev.threads, r["N"], 4096, [&](size_t begin, size_t end, int) {
+        bool good = true;
+        for (size_t i = begin; i < end; i++) {
+            const float grad = g[i] * a.grad_scale;
+            m[i] += a.weight1 * (grad - m[i]);
+            v[i] = v[i] * a.beta2 + a.weight2 * grad * grad;
+            p[i] = p[i] * a.keep + a.step_size * m[i] / (std::sqrt(v[i]) / a.sqrt_correction2 + a.eps);
+            good = good && std::isfinite(p[i]);
+        }
+        if (!good) {
+            finite = false;
+        }
+    });
+    if (!finite) {
+        first_nonfinite(dev, p, r["N"]);
+    }
+}
+
 int main(int argc, char** argv) {
     Op op = {"adamw", "one step, and the check that all is finite"};
-    op.shapes = {{{"N", 41943040}}};  // 8B at rank 16
+    op.shapes = {{{"N", 41943040}}};      // 8B at rank 16
+    op.cpu_shapes = {{{"N", 11272192}}};  // 1B
     op.awkward = {{{"N", 1}}, {{"N", 1027}}, {{"N", 5003}}};
     op.arrays = arrays;
     op.evaluate = evaluate;
@@ -85,7 +109,8 @@ int main(int argc, char** argv) {
     op.versions = {
         gpu_version(1, "an element a thread, check apart", version1<bf16>, version1<float>),
         gpu_production(2, "16 bytes a thread, check in the launch", production<Gpu<bf16>>, production<Gpu<float>>),
-        cpu_production(1, "row kernels of the instruction tier", production<Cpu<float>>),
+        cpu_version(1, "plain loops", on_cpu1),
+        cpu_production(2, "row kernels of the instruction tier", production<Cpu<float>>),
     };
     return harness(op, argc, argv);
 }

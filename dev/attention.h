@@ -20,6 +20,11 @@ static std::vector<Shape> attention_shapes() {
             {{"N", 8192}, {"T", 512}, {"NH", 32}, {"NKV", 8}, {"HS", 128}},
             {{"N", 8192}, {"T", 2048}, {"NH", 32}, {"NKV", 8}, {"HS", 64}}};
 }
+static std::vector<Shape> attention_cpu_shapes() {
+    return {{{"N", 1024}, {"T", 1024}, {"NH", 12}, {"NKV", 4}, {"HS", 64}},
+            {{"N", 512}, {"T", 512}, {"NH", 32}, {"NKV", 8}, {"HS", 64}},
+            {{"N", 2048}, {"T", 2048}, {"NH", 8}, {"NKV", 2}, {"HS", 128}}};
+}
 static std::vector<Shape> attention_awkward_shapes() {
     return {{{"N", 1}, {"T", 1}, {"NH", 1}, {"NKV", 1}, {"HS", 64}},
             {{"N", 33}, {"T", 20}, {"NH", 9}, {"NKV", 3}, {"HS", 64}},
@@ -86,4 +91,27 @@ static std::vector<double> probabilities(const std::vector<double>& qkv, const S
     }
     *lse = p.f32(top + p.f32(std::log(sum)));
     return P;
+}
+
+// p[j] = softmax of q k_j scale over n keys, rows of k stride apart; returns the log-sum-exp. In plain loops.
+[[maybe_unused]] static float plain_probabilities(float* p, const float* q, const float* k, size_t stride, size_t n,
+                                                  size_t HS) {
+    const float scale = 1 / std::sqrt(float(HS));
+    float top = -INFINITY, sum = 0;
+    for (size_t j = 0; j < n; j++) {
+        float dot = 0;
+        for (size_t c = 0; c < HS; c++) {
+            dot += q[c] * k[j * stride + c];
+        }
+        p[j] = dot * scale;
+        top = std::max(top, p[j]);
+    }
+    for (size_t j = 0; j < n; j++) {
+        p[j] = std::exp(p[j] - top);
+        sum += p[j];
+    }
+    for (size_t j = 0; j < n; j++) {
+        p[j] /= sum;
+    }
+    return top + std::log(sum);
 }

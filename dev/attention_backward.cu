@@ -5,7 +5,8 @@
 //   3   kernels/attention.cuh with 16 rows a warp in the dQ kernel: production on sm_86, 89, 120
 //   4   as 2, and 16 rows a warp in the dK/dV kernel too (head size 64; with 128 it is so in 2)
 //   5*  kernels/attention.cuh, its own choice of the above
-//   c1* kernels/cpu/attention.h
+//   c1  plain loops, a query at a time, its probabilities and their gradient in memory
+//   c2* kernels/cpu/attention.h
 #include "dev/attention.h"
 
 enum { DQKV, QKV, DOUT, OUT, LSE, DOCUMENTS };
@@ -108,6 +109,45 @@ static void production(Dev& dev, Run& r) {
                        r.get<float>(LSE), r.get<X>(QKV), documents, r["N"], int(r["NH"]), int(r["NKV"]), int(r["HS"]));
 }
 
+static void on_cpu1(Cpu<float>& dev, Run& r) {
+    const size_t N = r["N"], T = r["T"], NH = r["NH"], NKV = r["NKV"], HS = r["HS"], width = row_width(r.shape);
+    const size_t stride = dqkv_stride(r);
+    const float *qkv = r.get<float>(QKV), scale = 1 / std::sqrt(float(HS));
+    float* dqkv = r.get<float>(DQKV);
+    for (size_t row = 0; row < N; row++) {
+        std::fill(dqkv + row * stride, dqkv + row * stride + width, 0.0f);
+    }
+    parallel_tasks(dev.threads, NKV * ceil_div(N, T), [&](size_t task, int) {
+        const size_t kv = task % NKV, first = task / NKV * T, end = std::min(N, first + T), k_at = (NH + kv) * HS;
+        const size_t v_at = k_at + NKV * HS;
+        std::vector<float> p(T), ds(T);
+        for (size_t h = kv * (NH / NKV); h < (kv + 1) * (NH / NKV); h++) {
+            for (size_t row = first; row < end; row++) {
+                const size_t n = row - first + 1;
+                const float *q = qkv + row * width + h * HS, *dout = r.get<float>(DOUT) + (row * NH + h) * HS;
+                float *dq = dqkv + row * stride + h * HS, mean = 0;
+                plain_probabilities(p.data(), q, qkv + first * width + k_at, width, n, HS);
+                for (size_t j = 0; j < n; j++) {
+                    ds[j] = 0;
+                    for (size_t c = 0; c < HS; c++) {
+                        ds[j] += dout[c] * qkv[(first + j) * width + v_at + c];
+                    }
+                    mean += p[j] * ds[j];
+                }
+                for (size_t j = 0; j < n; j++) {
+                    const float d = p[j] * (ds[j] - mean) * scale, *k = qkv + (first + j) * width + k_at;
+                    float *dk = dqkv + (first + j) * stride + k_at, *dv = dqkv + (first + j) * stride + v_at;
+                    for (size_t c = 0; c < HS; c++) {
+                        dq[c] += d * k[c];
+                        dk[c] += d * q[c];
+                        dv[c] += p[j] * dout[c];
+                    }
+                }
+            }
+        }
+    });
+}
+
 template <class Dev>
 static void prepare(Dev& dev, Run& r) {
     using X = typename Dev::floatX;
@@ -123,6 +163,7 @@ static bool small_heads(const Shape& s) {
 int main(int argc, char** argv) {
     Op op = {"attention_backward", "gradient of packed qkv rows"};
     op.shapes = attention_shapes();
+    op.cpu_shapes = attention_cpu_shapes();
     op.awkward = attention_awkward_shapes();
     // Not a document of one token alone: its dQ and dK are 0, which the plain evaluation meets without any error.
     op.awkward.erase(op.awkward.begin());
@@ -138,7 +179,8 @@ int main(int argc, char** argv) {
         gpu_version(3, "mma, dQ by 16 rows a warp", tiles<1, 2>, nullptr, tensor_core_heads),
         gpu_version(4, "mma, dK/dV by 16 rows a warp", tiles<2, 1>, nullptr, small_heads),
         gpu_production(5, "as the card and the shape ask", production<Gpu<bf16>>, production<Gpu<float>>),
-        cpu_production(1, "panels, blocks of P and dS", production<Cpu<float>>),
+        cpu_version(1, "plain loops, a query at a time", on_cpu1),
+        cpu_production(2, "panels, blocks of P and dS", production<Cpu<float>>),
     };
     return harness(op, argc, argv);
 }

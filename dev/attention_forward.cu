@@ -6,7 +6,8 @@
 //   4   kernels/attention.cuh with eight warps of 16 rows: production on sm_86, 89, 120
 //   5   four warps of 32 rows and the other width of column tiles: 32 keys for head size 64, 64 for 128
 //   6*  kernels/attention.cuh, its own choice of the above
-//   c1* kernels/cpu/attention.h
+//   c1  plain loops, a query at a time, its scores in memory
+//   c2* kernels/cpu/attention.h
 #include "dev/attention.h"
 
 static std::vector<Array> arrays(const Shape& s) {
@@ -116,6 +117,27 @@ static void production(Dev& dev, Run& r) {
                       int(r["NH"]), int(r["NKV"]), int(r["HS"]));
 }
 
+static void on_cpu1(Cpu<float>& dev, Run& r) {
+    const size_t N = r["N"], T = r["T"], NH = r["NH"], NKV = r["NKV"], HS = r["HS"], width = row_width(r.shape);
+    const float* qkv = r.get<float>(QKV);
+    parallel_tasks(dev.threads, NH * ceil_div(N, 64), [&](size_t task, int) {
+        const size_t h = task % NH, begin = task / NH * 64, end = std::min(N, begin + 64);
+        std::vector<float> p(T);
+        for (size_t row = begin; row < end; row++) {
+            const size_t first = row / T * T, n = row - first + 1;
+            const float *k = qkv + first * width + (NH + h / (NH / NKV)) * HS, *v = k + NKV * HS;
+            r.get<float>(LSE)[h * N + row] = plain_probabilities(p.data(), qkv + row * width + h * HS, k, width, n, HS);
+            float* out = r.get<float>(OUT) + row * out_stride(r) + h * HS;
+            std::fill(out, out + HS, 0.0f);
+            for (size_t j = 0; j < n; j++) {
+                for (size_t c = 0; c < HS; c++) {
+                    out[c] += p[j] * v[j * width + c];
+                }
+            }
+        }
+    });
+}
+
 template <class Dev>
 static void prepare(Dev& dev, Run& r) {
     place_documents(dev, r, r.get<int32_t>(DOCUMENTS));
@@ -124,6 +146,7 @@ static void prepare(Dev& dev, Run& r) {
 int main(int argc, char** argv) {
     Op op = {"attention_forward", "out and log-sum-exp of packed qkv rows"};
     op.shapes = attention_shapes();
+    op.cpu_shapes = attention_cpu_shapes();
     op.awkward = attention_awkward_shapes();
     op.arrays = arrays;
     op.evaluate = evaluate;
@@ -138,7 +161,8 @@ int main(int argc, char** argv) {
         gpu_version(4, "mma, eight warps of 16 rows", tiles<1, 64, 32>, nullptr, tensor_core_heads),
         gpu_version(5, "mma, 32 rows, other column tiles", tiles<2, 32, 64>, nullptr, tensor_core_heads),
         gpu_production(6, "as the card and the shape ask", production<Gpu<bf16>>, production<Gpu<float>>),
-        cpu_production(1, "panels, online softmax", production<Cpu<float>>),
+        cpu_version(1, "plain loops, a query at a time", on_cpu1),
+        cpu_production(2, "panels, online softmax", production<Cpu<float>>),
     };
     return harness(op, argc, argv);
 }

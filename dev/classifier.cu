@@ -3,7 +3,8 @@
 //   1  a block a row, an element a thread, three walks: greatest, sum, gradient
 //   2  the same with the greatest and the sum in one walk
 //   3* kernels/classifier.cuh: 16 bytes a thread, four pieces in flight, the second walk backwards
-//   c1 row kernels of the instruction tier, as kernels/cpu/classifier.h uses them
+//   c1  plain loops, exp of the C library
+//   c2  row kernels of the instruction tier, as kernels/cpu/classifier.h uses them
 #include "dev/harness.h"
 #include "kernels/classifier.cuh"
 #include "kernels/cpu/classifier.h"
@@ -147,7 +148,28 @@ static void production(Gpu<X>& dev, Run& r) {
     clear_behind(dev, r);
 }
 
-static void on_cpu(Cpu<float>& dev, Run& r) {
+static void on_cpu1(Cpu<float>& dev, Run& r) {
+    const size_t V = r["V"], stride = row_stride(r.shape);
+    parallel_tasks(dev.threads, r["N"], [&](size_t i, int) {
+        float* x = r.get<float>(LOGITS) + i * stride;
+        const size_t label = size_t(r.get<int32_t>(LABELS)[i]);
+        const size_t best = size_t(std::max_element(x, x + V) - x);
+        const float target = x[label], max = x[best];
+        float sum = 0;
+        for (size_t v = 0; v < V; v++) {
+            sum += std::exp(x[v] - max);
+        }
+        const float lse = max + std::log(sum);
+        r.get<float>(LOSSES)[i] = lse - target;
+        r.get<uint8_t>(CORRECT)[i] = best == label;
+        for (size_t v = 0; v < V; v++) {
+            x[v] = (std::exp(x[v] - lse) - float(v == label)) * SCALE;
+        }
+        std::fill(x + V, x + stride, 0.0f);
+    });
+}
+
+static void on_cpu2(Cpu<float>& dev, Run& r) {
     const size_t V = r["V"], stride = row_stride(r.shape);
     parallel_tasks(dev.threads, r["N"], [&](size_t i, int) {
         float* x = r.get<float>(LOGITS) + i * stride;
@@ -169,6 +191,7 @@ static void on_cpu(Cpu<float>& dev, Run& r) {
 int main(int argc, char** argv) {
     Op op = {"classifier", "losses, and the gradient of the logits in place"};
     op.shapes = {{{"N", 1024}, {"V", 128256}}};
+    op.cpu_shapes = {{{"N", 128}, {"V", 128256}}};
     op.awkward = {{{"N", 1}, {"V", 8}}, {{"N", 33}, {"V", 101}}, {{"N", 7}, {"V", 3072}}, {{"N", 2}, {"V", 20011}}};
     op.arrays = arrays;
     op.evaluate = evaluate;
@@ -177,7 +200,8 @@ int main(int argc, char** argv) {
         gpu_version(1, "an element a thread, three walks", version1<bf16>, version1<float>),
         gpu_version(2, "an element a thread, two walks", version2<bf16>, version2<float>),
         gpu_production(3, "16 bytes a thread, two walks", production<bf16>, production<float>),
-        cpu_version(1, "row kernels of the instruction tier", on_cpu),
+        cpu_version(1, "plain loops, exp of the C library", on_cpu1),
+        cpu_version(2, "row kernels of the instruction tier", on_cpu2),
     };
     return harness(op, argc, argv);
 }

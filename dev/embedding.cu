@@ -3,7 +3,8 @@
 //   1  a thread an element
 //   2  a block a row, an element a thread at a time
 //   3* kernels/embedding.cuh: 16 bytes a thread, four pieces in flight
-//   c1* kernels/cpu/elementwise.h
+//   c1  plain loops
+//   c2* kernels/cpu/elementwise.h
 #include "dev/harness.h"
 #include "kernels/cpu/elementwise.h"
 #include "kernels/embedding.cuh"
@@ -75,9 +76,19 @@ static void production(Dev& dev, Run& r) {
     embedding_forward(dev, r.get<X>(OUT), r.get<int32_t>(TOKENS), wte, r["N"]);
 }
 
+static void on_cpu1(Cpu<float>& dev, Run& r) {
+    const size_t C = r["C"];
+    parallel_ranges(dev.threads, r["N"] * C, 4096, [&](size_t begin, size_t end, int) {
+        for (size_t i = begin; i < end; i++) {
+            r.get<float>(OUT)[i] = r.get<float>(WTE)[size_t(r.get<int32_t>(TOKENS)[i / C]) * C + i % C];
+        }
+    });
+}
+
 int main(int argc, char** argv) {
     Op op = {"embedding", "rows of the table"};
     op.shapes = {{{"N", 8192}, {"C", 4096}, {"V", 16384}}, {{"N", 8192}, {"C", 2048}, {"V", 16384}}};
+    op.cpu_shapes = {{{"N", 512}, {"C", 2048}, {"V", 16384}}};
     op.awkward = {
         {{"N", 1}, {"C", 48}, {"V", 3}}, {{"N", 33}, {"C", 101}, {"V", 20}}, {{"N", 70}, {"C", 576}, {"V", 11}}};
     op.arrays = arrays;
@@ -87,7 +98,8 @@ int main(int argc, char** argv) {
         gpu_version(1, "a thread an element", version1<bf16>, version1<float>),
         gpu_version(2, "a block a row", version2<bf16>, version2<float>),
         gpu_production(3, "16 bytes a thread, pieces in flight", production<Gpu<bf16>>, production<Gpu<float>>),
-        cpu_production(1, "a row a worker", production<Cpu<float>>),
+        cpu_version(1, "plain loops", on_cpu1),
+        cpu_production(2, "a row at a time", production<Cpu<float>>),
     };
     return harness(op, argc, argv);
 }

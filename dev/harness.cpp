@@ -2,12 +2,15 @@
 #include "dev/harness.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <memory>
+
+#include <unistd.h>
 
 #include "dev/tests/gpu.h"
 #include "kernels/cpu/parallel.h"
@@ -65,6 +68,14 @@ template <class X>
 static void synchronise(Gpu<X>& dev) {
     device_sync(dev);
 }
+// The arithmetic that the version wants of frozen products. False: the tier has it not.
+static bool set_math(Cpu<float>& dev, const Version& v) {
+    return device_math(dev, v.math != nullptr ? v.math : "fp32");
+}
+template <class X>
+static bool set_math(Gpu<X>&, const Version&) {
+    return true;
+}
 static bool is_bf16(const Gpu<bf16>&) {
     return true;
 }
@@ -77,7 +88,7 @@ static bool is_bf16(const Dev&) {
 // arrays: their bytes on the host, fences included
 
 static size_t size_of(Kind kind, bool bf16_store) {
-    return kind == Kind::U8 ? 1 : kind == Kind::STORE && bf16_store ? 2 : 4;
+    return kind == Kind::U8 ? 1 : kind == Kind::BF16 || (kind == Kind::STORE && bf16_store) ? 2 : 4;
 }
 
 static bool in_gap(const Array& a, size_t i) {
@@ -221,9 +232,9 @@ static void check_bytes(Checked& c, const Array& a, bool bf16_store, const Bytes
     }
 }
 
-// Error over bound: twice the error of the plain evaluation, root mean square and greatest, and no less than one unit in
-// the last place at the greatest value (for the root mean square a hundredth of it). Whole numbers must be equal.
-static double error_ratio(const Array& a, bool bf16_store, const std::vector<double>& all_got,
+// Error over bound: twice the error of the plain evaluation, root mean square and greatest, and no less than one unit
+// in the last place at the greatest value (for the root mean square a hundredth of it). Whole numbers must be equal.
+static double error_ratio(const Array& a, bool coarse, const std::vector<double>& all_got,
                           const std::vector<double>& all_plain, const std::vector<double>& all_exact) {
     std::vector<double> got, plain, exact;
     for (size_t i = 0; i < a.n; i++) {
@@ -235,7 +246,7 @@ static double error_ratio(const Array& a, bool bf16_store, const std::vector<dou
     if (a.kind == Kind::U8 || a.kind == Kind::I32) {
         return got == exact ? 0 : infinity;
     }
-    const double unit = size_of(a.kind, bf16_store) == 2 ? 0x1p-8 : 0x1p-24;
+    const double unit = size_of(a.kind, coarse) == 2 ? 0x1p-8 : 0x1p-24;
     const double floor = unit * greatest(exact.data(), exact.size());
     const double rms = std::max(2 * rms_error(plain, exact), floor / 100);
     const double worst = std::max(2 * greatest_error(plain.data(), exact.data(), exact.size()), floor);
@@ -251,14 +262,14 @@ struct Expected {
 };
 
 static Expected expected_values(const Op& op, const Shape& shape, const std::vector<Array>& arrays,
-                                const std::vector<Bytes>& images, bool bf16_store) {
+                                const std::vector<Bytes>& images, bool bf16_store, bool coarse) {
     Expected e;
     for (size_t i = 0; i < arrays.size(); i++) {
         e.exact.push_back(numbers_of(arrays[i], bf16_store, images[i]));
     }
     e.plain = e.exact;
     op.evaluate(shape, e.exact, {true, bf16_store});
-    op.evaluate(shape, e.plain, {false, bf16_store});
+    op.evaluate(shape, e.plain, {false, coarse});
     return e;
 }
 
@@ -266,14 +277,15 @@ static Expected expected_values(const Op& op, const Shape& shape, const std::vec
 template <class Dev>
 static Checked check_version(Dev& dev, const Op& op, const Version& v, const std::vector<Shape>& shapes, int threads) {
     Checked c;
-    const bool half = is_bf16(dev);
+    // An arithmetic below fp32 may err as one that stores bf16 does.
+    const bool half = is_bf16(dev), coarse = half || (v.math != nullptr && strcmp(v.math, "fp32") != 0);
     for (const Shape& shape : shapes) {
         if (v.fits != nullptr && !v.fits(shape)) {
             continue;
         }
         c.shapes++;
         Placed<Dev> p(dev, op, shape, threads);
-        const Expected e = expected_values(op, shape, p.arrays, p.images, half);
+        const Expected e = expected_values(op, shape, p.arrays, p.images, half, coarse);
         std::vector<Bytes> first;
         for (int time = 0; time < 2; time++) {
             write_back(p, true);
@@ -287,7 +299,7 @@ static Checked check_version(Dev& dev, const Op& op, const Version& v, const std
                 const Bytes after = read_back(p, i);
                 check_bytes(c, a, half, p.images[i], after);
                 if (is_output(a) && time == 0) {
-                    const double ratio = error_ratio(a, half, numbers_of(a, half, after), e.plain[i], e.exact[i]);
+                    const double ratio = error_ratio(a, coarse, numbers_of(a, half, after), e.plain[i], e.exact[i]);
                     if (!(ratio <= 1)) {
                         char text[80];
                         snprintf(text, sizeof text, ": error is %.3g times the bound at ", ratio);
@@ -310,9 +322,8 @@ static Checked check_version(Dev& dev, const Op& op, const Version& v, const std
 // times
 
 struct Ceiling {
-    std::string device;
     double bytes = 0, flops = 0;  // a second
-    size_t cache = 0;             // bytes of the last level
+    const char *of_bytes = "copy", *of_flops = "matmul";
 };
 
 struct Timing {
@@ -325,12 +336,41 @@ static Timing timing_of(std::vector<double> t) {
     return {at(0.5), at(0.1), at(0.9)};
 }
 
-// The cache is overwritten before every repetition, and what the op changes is put back. At least 5 repetitions, at most
-// 50, about a second. The whole outputs are looked at afterwards: nothing unwritten, nothing outside.
+// Memory that is overwritten so that nothing else is in the cache.
+template <class Dev>
+struct Flush {
+    Dev& dev;
+    size_t bytes;
+    void* memory;
+    Flush(Dev& d, size_t cache) : dev(d), bytes(cache > 0 ? 2 * cache + (size_t(32) << 20) : 0) {
+        memory = bytes > 0 ? device_alloc(dev, bytes, "clearing the cache") : nullptr;
+    }
+    ~Flush() { device_free(dev, memory); }
+    Flush(const Flush&) = delete;
+};
+
+template <class X>
+static void clear_cache(Gpu<X>& dev, Flush<Gpu<X>>& flush) {
+    if (flush.bytes > 0) {
+        device_zero(dev, flush.memory, flush.bytes);
+    }
+}
+// Not by memset, which may go past the cache.
+static void clear_cache(Cpu<float>& dev, Flush<Cpu<float>>& flush) {
+    parallel_ranges(dev.threads, flush.bytes, 4096, [&](size_t begin, size_t end, int) {
+        volatile unsigned char* p = static_cast<unsigned char*>(flush.memory);
+        for (size_t i = begin; i < end; i += 64) {
+            p[i] = 1;
+        }
+    });
+}
+
+// The cache is overwritten before every repetition (cache 0: it is not), and what the op changes is put back. At least
+// 5 repetitions, at most 50, about a second. The whole outputs are looked at afterwards: nothing unwritten, nothing
+// outside.
 template <class Dev>
 static Timing time_version(Dev& dev, const Op& op, const Version& v, Placed<Dev>& p, size_t cache, Checked& c) {
-    const size_t flush_bytes = 2 * cache + (size_t(32) << 20);
-    void* flush = device_alloc(dev, flush_bytes, "clearing the cache");
+    Flush<Dev> flush(dev, cache);
     write_back(p, false);
     if (prepare_for(op, dev) != nullptr) {
         prepare_for(op, dev)(dev, p.run);
@@ -340,13 +380,13 @@ static Timing time_version(Dev& dev, const Op& op, const Version& v, Placed<Dev>
     for (int i = 0; i <= 5 || (i <= 50 && spent < 1); i++) {
         if (i > 0) {
             for (size_t k = 0; k < p.arrays.size(); k++) {
-                if (p.arrays[k].role == Role::INOUT) {
+                if (p.arrays[k].role == Role::INOUT || p.arrays[k].role == Role::USED_UP) {
                     device_to(dev, p.memory[k], p.images[k].data(), p.images[k].size());
                 }
             }
         }
         double seconds = 0;
-        device_zero(dev, flush, flush_bytes);
+        clear_cache(dev, flush);
         device_clock_start(dev, &seconds);
         function_for(v, dev)(dev, p.run);
         device_clock_stop(dev);
@@ -356,7 +396,6 @@ static Timing time_version(Dev& dev, const Op& op, const Version& v, Placed<Dev>
             spent += seconds;
         }
     }
-    device_free(dev, flush);
     for (size_t i = 0; i < p.arrays.size(); i++) {
         const Array& a = p.arrays[i];
         const Bytes after = read_back(p, i);
@@ -372,44 +411,76 @@ static Timing time_version(Dev& dev, const Op& op, const Version& v, Placed<Dev>
     return timing_of(times);
 }
 
-static Ceiling cpu_ceiling(Cpu<float>& dev) {
-    Ceiling c;
-    c.device = "CPU";
+static std::string name_of(Cpu<float>& dev) {
+    std::string name = "CPU";
     if (FILE* f = fopen("/proc/cpuinfo", "r")) {
         char line[256];
-        while (c.device == "CPU" && fgets(line, sizeof line, f) != nullptr) {
+        while (name == "CPU" && fgets(line, sizeof line, f) != nullptr) {
             if (strncmp(line, "model name", 10) == 0 && strchr(line, ':') != nullptr) {
-                c.device = std::string(strchr(line, ':') + 2);
-                c.device.pop_back();
+                name = std::string(strchr(line, ':') + 2);
+                name.pop_back();
             }
         }
         fclose(f);
     }
-    c.device += ", " + std::to_string(dev.threads) + " threads, " + dev.isa->name;
-    c.cache = size_t(32) << 20;
-    c.flops = 1e9 * cpu_peak_gflops(dev);
-    const size_t n = size_t(128) << 20;
+    return name + ", " + std::to_string(dev.threads) + " threads, " + dev.isa->name;
+}
+template <class X>
+static std::string name_of(Gpu<X>& dev) {
+    return dev.info.name;
+}
+
+static size_t cache_of(const Cpu<float>&) {
+    const long bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
+    return bytes > 0 ? size_t(bytes) : size_t(32) << 20;
+}
+template <class X>
+static size_t cache_of(const Gpu<X>& dev) {
+    return dev.info.l2_bytes;
+}
+
+// Bytes a second of walks over as much memory as the op works on, the cache treated as before a version, and the peak
+// of the arithmetic that is set: for each version anew, since other work on the machine disturbs both alike.
+static void update_ceiling(Cpu<float>& dev, Ceiling& c, const Cost& cost, size_t cache) {
+    c.of_bytes = cost.reads_only ? "read" : "copy";
+    c.of_flops = dev.base->name;
+    c.flops = 1e9 * peak_gflops(*dev.base, dev.threads);
+    const size_t most = size_t(1) << 28, least = 1 << 16, n = std::min(std::max(size_t(cost.bytes) / 2, least), most);
+    Flush<Cpu<float>> flush(dev, cache);
     std::vector<char> from(n, 1), to(n, 2);
-    for (int i = 0; i < 5; i++) {
+    std::vector<double> times;
+    std::atomic<uint64_t> sink{0};
+    for (int i = 0; i < 7; i++) {
         double seconds = 0;
+        clear_cache(dev, flush);
         device_clock_start(dev, &seconds);
         parallel_ranges(dev.threads, n, 4096, [&](size_t begin, size_t end, int) {
-            memcpy(&to[begin], &from[begin], end - begin);
+            if (!cost.reads_only) {
+                memcpy(&to[begin], &from[begin], end - begin);
+                return;
+            }
+            uint64_t sum = 0;
+            for (const std::vector<char>* half : {&from, &to}) {
+                for (size_t at = begin; at + 8 <= end; at += 8) {
+                    uint64_t word;
+                    memcpy(&word, half->data() + at, 8);
+                    sum += word;
+                }
+            }
+            sink += sum;
         });
         device_clock_stop(dev);
-        c.bytes = std::max(c.bytes, 2 * double(n) / seconds);
+        times.push_back(seconds);
     }
-    return c;
+    c.bytes = 2 * double(n) / *std::min_element(times.begin(), times.end());
 }
 
 template <class X>
-static Ceiling gpu_ceiling(Gpu<X>& dev) {
-    Ceiling c;
-    c.device = dev.info.name;
-    c.cache = dev.info.l2_bytes;
-    c.bytes = harness_copy_ceiling(dev);
-    c.flops = harness_matmul_ceiling(dev);
-    return c;
+static void update_ceiling(Gpu<X>& dev, Ceiling& c, const Cost&, size_t) {
+    if (c.bytes == 0) {
+        c.bytes = harness_copy_ceiling(dev);
+        c.flops = harness_matmul_ceiling(dev);
+    }
 }
 
 // ----------------------------------------------------------------------------
@@ -419,17 +490,22 @@ struct Settings {
     std::vector<std::string> versions;  // none: all
     Shape shape{};                      // the first of the op's, letters of the command line put in
     bool own_shape = false;
-    bool bf16_store = true, check = true, bench = true, csv = false;
+    bool bf16_store = true, check = true, bench = true, csv = false, warm = false;
     int threads = 0;
 };
+
+// What letters on the command line change.
+static const Shape& first_shape(const Op& op) {
+    return harness_has_gpu() || op.cpu_shapes.empty() ? op.shapes[0] : op.cpu_shapes[0];
+}
 
 static int usage(const Op& op, const std::string& why) {
     fprintf(stderr, "error: %s\n", why.c_str());
     fprintf(stderr, "hint: %s [VERSION...|all]", op.name);
-    for (const auto& l : op.shapes[0].letters) {
+    for (const auto& l : first_shape(op).letters) {
         fprintf(stderr, " [-%s %zu]", l.first.c_str(), l.second);
     }
-    fprintf(stderr, " [--type bf16|float] [--check|--bench] [--csv] [--threads n]\n      versions:");
+    fprintf(stderr, " [--type bf16|float] [--check|--bench] [--warm] [--csv] [--threads n]\n      versions:");
     for (const Version& v : op.versions) {
         fprintf(stderr, " %s", v.number.c_str());
     }
@@ -437,16 +513,21 @@ static int usage(const Op& op, const std::string& why) {
     return 2;
 }
 
+// Some letters are numbers of something that may be missing, or say yes and no.
+static bool may_be_zero(const Op& op, const std::string& letter) {
+    return std::any_of(op.awkward.begin(), op.awkward.end(), [&](const Shape& s) { return s[letter.c_str()] == 0; });
+}
+
 static bool whole_number(const char* text, size_t* n) {
     char* end = nullptr;
     const unsigned long long x = strtoull(text, &end, 10);
     *n = size_t(x);
-    return *text >= '0' && *text <= '9' && *end == 0 && x > 0;
+    return *text >= '0' && *text <= '9' && *end == 0;
 }
 
 // "" or what is wrong.
 static std::string parse(Settings& s, const Op& op, int argc, char** argv) {
-    s.shape = op.shapes[0];
+    s.shape = first_shape(op);
     for (int i = 1; i < argc; i++) {
         const std::string arg = argv[i];
         const char* value = i + 1 < argc ? argv[i + 1] : "";
@@ -454,8 +535,9 @@ static std::string parse(Settings& s, const Op& op, int argc, char** argv) {
         const auto letter = std::find_if(s.shape.letters.begin(), s.shape.letters.end(),
                                          [&](const auto& l) { return arg == "-" + l.first; });
         if (letter != s.shape.letters.end() || arg == "--threads") {
-            if (!whole_number(value, &n)) {
-                return arg + " needs a whole number above 0";
+            const bool zero = letter != s.shape.letters.end() && may_be_zero(op, letter->first);
+            if (!whole_number(value, &n) || (n == 0 && !zero)) {
+                return arg + " needs a whole number" + (zero ? "" : " above 0");
             }
             if (arg == "--threads") {
                 s.threads = int(n);
@@ -474,6 +556,8 @@ static std::string parse(Settings& s, const Op& op, int argc, char** argv) {
             s.bench = false;
         } else if (arg == "--bench") {
             s.check = false;
+        } else if (arg == "--warm") {
+            s.warm = true;
         } else if (arg == "--csv") {
             s.csv = true;
         } else if (std::any_of(op.versions.begin(), op.versions.end(),
@@ -486,11 +570,21 @@ static std::string parse(Settings& s, const Op& op, int argc, char** argv) {
     return s.check || s.bench ? "" : "--check and --bench exclude each other";
 }
 
+struct Share {
+    double part;  // of the ceiling that the op is nearest to
+    const char* of;
+};
+
+static Share share_of(const Ceiling& c, const Timing& t, const Cost& cost) {
+    const double bytes = cost.bytes / t.median / c.bytes, flops = cost.flops / t.median / c.flops;
+    return bytes > flops ? Share{bytes, c.of_bytes} : Share{flops, c.of_flops};
+}
+
 // Appends a line to dev/results/<device>.csv.
-static void append_csv(const Op& op, const Version& v, const std::string& shape, const char* type, const Ceiling& c,
-                       const Timing& t, const Cost& cost, double ratio) {
+static void append_csv(const Op& op, const Version& v, const std::string& device, const std::string& shape,
+                       const char* type, const Ceiling& c, const Timing& t, const Cost& cost, double ratio) {
     std::string name;
-    for (char ch : c.device) {
+    for (char ch : device) {
         const bool good = isalnum(static_cast<unsigned char>(ch)) != 0;
         if (good || (!name.empty() && name.back() != '-')) {
             name += good ? char(tolower(ch)) : '-';
@@ -503,13 +597,15 @@ static void append_csv(const Op& op, const Version& v, const std::string& shape,
         exit(1);
     }
     if (ftell(f) == 0) {
-        fprintf(f, "op,version,type,shape,us,us_p10,us_p90,gb_per_s,tflop_per_s,copy_gb_per_s,matmul_tflop_per_s,"
-                   "err_over_bound,idea\n");
+        fprintf(f,
+                "op,version,type,shape,us,us_p10,us_p90,gb_per_s,tflop_per_s,ceiling_gb_per_s,ceiling_tflop_per_s,"
+                "share,of,err_over_bound,idea\n");
     }
-    fprintf(f, "%s,%s%s,%s,%s,%.2f,%.2f,%.2f,%.1f,%.3f,%.1f,%.2f,%.3f,\"%s\"\n", op.name, v.number.c_str(),
+    const Share share = share_of(c, t, cost);
+    fprintf(f, "%s,%s%s,%s,%s,%.2f,%.2f,%.2f,%.1f,%.3f,%.1f,%.2f,%.3f,%s,%.3f,\"%s\"\n", op.name, v.number.c_str(),
             v.production ? "*" : "", type, shape.c_str(), 1e6 * t.median, 1e6 * t.p10, 1e6 * t.p90,
-            1e-9 * cost.bytes / t.median, 1e-12 * cost.flops / t.median, 1e-9 * c.bytes, 1e-12 * c.flops, ratio,
-            v.idea);
+            1e-9 * cost.bytes / t.median, 1e-12 * cost.flops / t.median, 1e-9 * c.bytes, 1e-12 * c.flops, share.part,
+            share.of, ratio, v.idea);
     fclose(f);
 }
 
@@ -520,12 +616,13 @@ static void print_row(const Version& v, const Checked& c, bool checked, const Ti
         snprintf(ratio, sizeof ratio, "%7.2f", c.ratio);
     }
     printf(" %s%5s  %-44s %s %-6s", v.production ? "*" : " ", v.number.c_str(), v.idea, ratio,
-           !c.problem.empty() ? "FAILED" : checked && c.shapes > 0 ? "ok" : "");
+           !c.problem.empty()        ? "FAILED"
+           : checked && c.shapes > 0 ? "ok"
+                                     : "");
     if (t != nullptr) {
-        const double bytes = cost.bytes / t->median / ceiling.bytes, flops = cost.flops / t->median / ceiling.flops;
-        printf(" %10.1f (%.1f - %.1f)  %8.1f %8.2f   %3.0f %% of %s", 1e6 * t->median, 1e6 * t->p10, 1e6 * t->p90,
-               1e-9 * cost.bytes / t->median, 1e-12 * cost.flops / t->median, 100 * std::max(bytes, flops),
-               bytes > flops ? "copy" : "matmul");
+        const Share share = share_of(ceiling, *t, cost);
+        printf(" %10.1f (%.1f - %.1f)  %8.1f %8.3f   %3.0f %% of %s", 1e6 * t->median, 1e6 * t->p10, 1e6 * t->p90,
+               1e-9 * cost.bytes / t->median, 1e-12 * cost.flops / t->median, 100 * share.part, share.of);
     }
     printf("\n");
     if (!c.problem.empty()) {
@@ -534,15 +631,61 @@ static void print_row(const Version& v, const Checked& c, bool checked, const Ti
     fflush(stdout);
 }
 
+static const std::vector<Shape>& shapes_for(const Op& op, const Cpu<float>&) {
+    return op.cpu_shapes.empty() ? op.shapes : op.cpu_shapes;
+}
+template <class X>
+static const std::vector<Shape>& shapes_for(const Op& op, const Gpu<X>&) {
+    return op.shapes;
+}
+
+// Times the versions at one shape. Returns how many failed that had passed before.
+template <class Dev>
+static int time_shape(Dev& dev, const Op& op, const Settings& s, const Shape& shape, int threads,
+                      const std::vector<const Version*>& versions, std::vector<Checked>& checked, Ceiling& ceiling) {
+    const char* type = is_bf16(dev) ? "bf16" : "float";
+    const size_t cache = s.warm ? 0 : cache_of(dev);
+    printf("%s %s%s\n", text_of(shape).c_str(), type, s.warm ? ", warm" : "");
+    printf("version  %-44s err/bound           us (p10 - p90)      GB/s  TFLOP/s\n", "idea");
+    Placed<Dev> p(dev, op, shape, threads);
+    write_back(p, true);
+    const Cost cost = op.cost(shape, is_bf16(dev) ? 2 : 4);
+    int failed = 0;
+    for (size_t i = 0; i < versions.size(); i++) {
+        const Version& v = *versions[i];
+        if (v.fits != nullptr && !v.fits(shape)) {
+            printf("   %5s  %-44s not for this shape\n", v.number.c_str(), v.idea);
+            continue;
+        }
+        if (!checked[i].problem.empty()) {
+            print_row(v, checked[i], s.check, nullptr, {}, {});  // what is wrong needs no time
+            continue;
+        }
+        set_math(dev, v);
+        update_ceiling(dev, ceiling, cost, cache);
+        const Timing t = time_version(dev, op, v, p, cache, checked[i]);
+        failed += !checked[i].problem.empty();
+        print_row(v, checked[i], s.check, &t, cost, ceiling);
+        if (s.csv && checked[i].problem.empty()) {
+            append_csv(op, v, name_of(dev), text_of(shape), type, ceiling, t, cost, checked[i].ratio);
+        }
+    }
+    return failed;
+}
+
 // Checks the op's versions for this device, then times them. Returns how many failed.
 template <class Dev>
-static int run_versions(Dev& dev, const Op& op, const Settings& s, const Cpu<float>& host, bool timed,
-                        Ceiling (*measure)(Dev&)) {
+static int run_versions(Dev& dev, const Op& op, const Settings& s, const Cpu<float>& host, bool timed) {
     std::vector<const Version*> versions;
     for (const Version& v : op.versions) {
         const auto named = std::find(s.versions.begin(), s.versions.end(), v.number);
-        if ((s.versions.empty() || named != s.versions.end()) && function_for(v, dev) != nullptr) {
+        if ((!s.versions.empty() && named == s.versions.end()) || function_for(v, dev) == nullptr) {
+            continue;
+        }
+        if (set_math(dev, v)) {
             versions.push_back(&v);
+        } else {
+            printf("   %5s  %-44s not on the tier %s\n", v.number.c_str(), v.idea, host.isa->name);
         }
     }
     if (versions.empty()) {
@@ -552,14 +695,14 @@ static int run_versions(Dev& dev, const Op& op, const Settings& s, const Cpu<flo
     if (s.own_shape && !s.bench) {
         checked_shapes = {s.shape};
     }
-    const char* type = is_bf16(dev) ? "bf16" : "float";
     const bool times = timed && s.bench;
     if (!times) {
-        printf("version  %-44s err/bound in %s\n", "idea", type);
+        printf("version  %-44s err/bound in %s\n", "idea", is_bf16(dev) ? "bf16" : "float");
     }
     std::vector<Checked> checked;
     int failed = 0;
     for (const Version* v : versions) {
+        set_math(dev, *v);
         checked.push_back(s.check ? check_version(dev, op, *v, checked_shapes, host.threads) : Checked());
         failed += !checked.back().problem.empty();
         if (!times) {
@@ -569,32 +712,10 @@ static int run_versions(Dev& dev, const Op& op, const Settings& s, const Cpu<flo
     if (!times) {
         return failed;
     }
-    const Ceiling ceiling = measure(dev);
-    printf("%s: copy %.1f GB/s, matmul %.2f TFLOP/s\n", ceiling.device.c_str(), 1e-9 * ceiling.bytes,
-           1e-12 * ceiling.flops);
-    for (const Shape& shape : s.own_shape ? std::vector<Shape>{s.shape} : op.shapes) {
-        printf("%s %s\n", text_of(shape).c_str(), type);
-        printf("version  %-44s err/bound           us (p10 - p90)      GB/s  TFLOP/s\n", "idea");
-        Placed<Dev> p(dev, op, shape, host.threads);
-        write_back(p, true);
-        const Cost cost = op.cost(shape, is_bf16(dev) ? 2 : 4);
-        for (size_t i = 0; i < versions.size(); i++) {
-            const Version& v = *versions[i];
-            if (v.fits != nullptr && !v.fits(shape)) {
-                printf("   %5s  %-44s not for this shape\n", v.number.c_str(), v.idea);
-                continue;
-            }
-            if (!checked[i].problem.empty()) {
-                print_row(v, checked[i], s.check, nullptr, {}, {});  // what is wrong needs no time
-                continue;
-            }
-            const Timing t = time_version(dev, op, v, p, ceiling.cache, checked[i]);
-            failed += !checked[i].problem.empty();
-            print_row(v, checked[i], s.check, &t, cost, ceiling);
-            if (s.csv && checked[i].problem.empty()) {
-                append_csv(op, v, text_of(shape), type, ceiling, t, cost, checked[i].ratio);
-            }
-        }
+    printf("%s\n", name_of(dev).c_str());
+    Ceiling ceiling;
+    for (const Shape& shape : s.own_shape ? std::vector<Shape>{s.shape} : shapes_for(op, dev)) {
+        failed += time_shape(dev, op, s, shape, host.threads, versions, checked, ceiling);
     }
     return failed;
 }
@@ -612,7 +733,7 @@ static int run_gpu(const Op& op, const Settings& s, const Cpu<float>& host) {
     } else {
         printf("%s: no GPU here, so no times of GPU versions\n", dev.info.name);
     }
-    const int failed = run_versions<Gpu<X>>(dev, op, s, host, harness_has_gpu(), gpu_ceiling<X>);
+    const int failed = run_versions<Gpu<X>>(dev, op, s, host, harness_has_gpu());
     device_close(dev);
     return failed;
 }
@@ -636,7 +757,7 @@ int harness(const Op& op, int argc, char** argv) {
     }
     printf("\n");
     int failed = s.bf16_store ? run_gpu<bf16>(op, s, host) : run_gpu<float>(op, s, host);
-    failed += run_versions<Cpu<float>>(host, op, s, host, true, cpu_ceiling);
+    failed += run_versions<Cpu<float>>(host, op, s, host, true);
     device_close(host);
     if (failed > 0) {
         printf("%d failed\n", failed);

@@ -3,7 +3,8 @@
 // table. The production kernel is included from kernels/ and never copied. dev/README.md teaches it, dev/rope.cu is the
 // example.
 //
-//   build/release/<op> [VERSION...|all] [-N n -C c ...] [--type bf16|float] [--check|--bench] [--csv] [--threads n]
+//   build/release/<op> [VERSION...|all] [-N n -C c ...] [--type bf16|float] [--check|--bench] [--warm]
+//                      [--csv] [--threads n]
 //
 // Built by nvcc the GPU versions run on the GPU. Built without, they run on the stand-in of dev/simt: they are checked,
 // and no time is printed for them. CPU versions (c1, c2 ...) are checked and timed in both.
@@ -29,9 +30,10 @@ struct Shape {
 };
 
 // STORE: the type that activations are stored in, bf16 or float (--type; float for CPU versions).
-enum class Kind : uint8_t { STORE, F32, I32, U8 };
-// OUT begins as poison; INOUT is filled, and compared after; SCRATCH begins as poison and is not compared.
-enum class Role : uint8_t { IN, OUT, INOUT, SCRATCH };
+enum class Kind : uint8_t { STORE, F32, BF16, I32, U8 };
+// OUT begins as poison; INOUT is filled, and compared after; SCRATCH begins as poison and is not compared; USED_UP is
+// filled, may be changed, and is not compared.
+enum class Role : uint8_t { IN, OUT, INOUT, SCRATCH, USED_UP };
 // Element i of an array before the op runs. Called from many threads; rounded to the array's type afterwards.
 using Fill = std::function<double(size_t i)>;
 // Uniform between the two, a stream of its own for each seed.
@@ -43,7 +45,7 @@ struct Array {
     Kind kind;
     Role role;
     size_t n;
-    Fill fill = nullptr;  // IN and INOUT
+    Fill fill = nullptr;  // IN, INOUT and USED_UP
     size_t width = 0, stride = 0;
 };
 
@@ -74,7 +76,8 @@ struct Run {
 };
 
 struct Cost {
-    double bytes, flops;  // that the op must move and do at least, whatever a version does
+    double bytes, flops;      // that the op must move and do at least, whatever a version does
+    bool reads_only = false;  // it writes next to nothing: its yardstick is a walk that reads, on the CPU
 };
 
 // ----------------------------------------------------------------------------
@@ -92,6 +95,7 @@ struct Version {
     RunCpu on_cpu = nullptr;
     bool production = false;               // it is the one in kernels/, printed with a *
     bool (*fits)(const Shape&) = nullptr;  // nullptr: takes every shape
+    const char* math = nullptr;            // CPU: arithmetic of the frozen products, nullptr: fp32
 };
 
 inline Version gpu_version(int number, const char* idea, RunBf16 on_bf16, RunFloat on_float,
@@ -105,15 +109,17 @@ inline Version gpu_production(int number, const char* idea, RunBf16 on_bf16, Run
 inline Version cpu_version(int number, const char* idea, RunCpu on_cpu, bool (*fits)(const Shape&) = nullptr) {
     return {"c" + std::to_string(number), idea, nullptr, nullptr, on_cpu, false, fits};
 }
-inline Version cpu_production(int number, const char* idea, RunCpu on_cpu, bool (*fits)(const Shape&) = nullptr) {
-    return {"c" + std::to_string(number), idea, nullptr, nullptr, on_cpu, true, fits};
+inline Version cpu_production(int number, const char* idea, RunCpu on_cpu, bool (*fits)(const Shape&) = nullptr,
+                              const char* math = nullptr) {
+    return {"c" + std::to_string(number), idea, nullptr, nullptr, on_cpu, true, fits, math};
 }
 
 struct Op {
     const char* name;
-    const char* what;              // one line
-    std::vector<Shape> shapes{};   // that are timed; letters on the command line change the first
-    std::vector<Shape> awkward{};  // that are checked, before anything is timed; small, for the stand-in
+    const char* what;                 // one line
+    std::vector<Shape> shapes{};      // that are timed on a GPU; letters on the command line change the first
+    std::vector<Shape> cpu_shapes{};  // on the CPU
+    std::vector<Shape> awkward{};     // that are checked, before anything is timed; small, for the stand-in
     std::vector<Array> (*arrays)(const Shape&) = nullptr;
     void (*evaluate)(const Shape&, Values&, const Precision&) = nullptr;  // writes the OUT and INOUT arrays
     Cost (*cost)(const Shape&, size_t store_bytes) = nullptr;

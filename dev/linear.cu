@@ -7,14 +7,17 @@
 //   3  adapters folded in, W ready in its slot: prefetched, or used a moment ago
 //   4  adapters folded in, the fused kernel
 //   5* kernels/linear.cuh by its table, W not in a slot
-//   c1* kernels/cpu/linear.h (BWD 0)
+//   c1  plain loops: dequantised, the frozen product, then the adapter's products in passes of their own
+//   c2  the products of kernels/cpu/linear.h, the adapter's in passes of their own (BWD 0)
+//   c3* kernels/cpu/linear.h: adapters folded in, fp32
+//   c4* the same, the frozen product in int16
 #include "dev/nf4_matrix.h"
 #include "kernels/cpu/linear.h"
 #include "kernels/linear.cuh"
 
 enum { X_ = NF4_ARRAYS, RSTD, NORM, A_, B_, FORWARD };
-enum { OUT_ = FORWARD, OUT_XA };
-enum { DOUT = FORWARD, XA, DIN, DA, DB };
+enum { OUT_ = FORWARD, OUT_XA, NORMED };
+enum { DOUT = FORWARD, XA, DIN, DA, DB, BARE_XA };
 constexpr float SCALE = 2;
 
 static size_t room_of(const Shape& s) {
@@ -32,13 +35,15 @@ static std::vector<Array> arrays(const Shape& s) {
     if (s["BWD"] == 0) {
         a.push_back({"out", Kind::STORE, Role::OUT, N * OC});
         a.push_back({"xa", Kind::STORE, Role::SCRATCH, N * R});  // with the scale on the GPU, without on the CPU
+        a.push_back({"normed", Kind::STORE, Role::SCRATCH, N * C});
     } else {
-        // The room behind a row is filled too, and replaced by D.
-        a.push_back({"dout", Kind::STORE, Role::INOUT, N * width, uniform(7, -1, 1)});
+        // The GPU puts D = s dout B into the room behind a row.
+        a.push_back({"dout", Kind::STORE, Role::USED_UP, N * width, uniform(7, -1, 1)});
         a.push_back({"xa", Kind::STORE, Role::IN, N * R, uniform(8, -1, 1)});
         a.push_back({"din", Kind::STORE, Role::OUT, N * C});
         a.push_back({"dA", Kind::F32, Role::INOUT, R * C, uniform(9, -1, 1)});
         a.push_back({"dB", Kind::F32, Role::INOUT, OC * R, uniform(10, -1, 1)});
+        a.push_back({"xa without the scale", Kind::STORE, Role::SCRATCH, N * R});  // as the CPU keeps it
     }
     return a;
 }
@@ -191,12 +196,98 @@ static void folded(Gpu<X>& dev, Run& r) {
     both(dev, r, group_of<float>(r, true));
 }
 
-static void on_cpu(Cpu<float>& dev, Run& r) {
-    both(dev, r, group_of<float>(r, false));
+// c (M, N), rows ldc apart, += scale a b. Element (i, k) of a is a[i * a_row + k * a_k], (k, j) of b is
+// b[k * b_k + j * b_col].
+static void plain_product(Cpu<float>& dev, float* c, size_t ldc, const float* a, size_t a_row, size_t a_k,
+                          const float* b, size_t b_k, size_t b_col, size_t M, size_t N, size_t K, float scale) {
+    parallel_ranges(dev.threads, M, 1, [&](size_t begin, size_t end, int) {
+        for (size_t i = begin; i < end; i++) {
+            for (size_t j = 0; j < N; j++) {
+                float sum = 0;
+                for (size_t k = 0; k < K; k++) {
+                    sum += a[i * a_row + k * a_k] * b[k * b_k + j * b_col];
+                }
+                c[i * ldc + j] += scale * sum;
+            }
+        }
+    });
+}
+
+static void on_cpu1(Cpu<float>& dev, Run& r) {
+    const size_t N = r["N"], C = r["C"], OC = r["OC"], R = r["R"], width = OC + room_of(r.shape);
+    const Matrix m = nf4_matrix(r);
+    std::vector<float> w(OC * C), n(N * C), t(N * R);
+    for (size_t row = 0; row < OC; row++) {
+        matrix_row(dev, &w[row * C], m, row);
+    }
+    for (size_t i = 0; i < n.size(); i++) {
+        n[i] = r.get<float>(X_)[i] * r.get<float>(RSTD)[i / C] * r.get<float>(NORM)[i % C];
+    }
+    const float *A = r.get<float>(A_), *B = r.get<float>(B_);
+    if (r["BWD"] == 0) {
+        float* out = r.get<float>(OUT_);
+        std::fill(out, out + N * OC, 0.0f);
+        plain_product(dev, out, OC, n.data(), C, 1, w.data(), 1, C, N, OC, C, 1);
+        plain_product(dev, t.data(), R, n.data(), C, 1, A, 1, C, N, R, C, 1);
+        plain_product(dev, out, OC, t.data(), R, 1, B, 1, R, N, OC, R, SCALE);
+        return;
+    }
+    float *din = r.get<float>(DIN), *dout = r.get<float>(DOUT);
+    std::fill(din, din + N * C, 0.0f);
+    plain_product(dev, t.data(), R, dout, width, 1, B, R, 1, N, R, OC, SCALE);
+    plain_product(dev, din, C, dout, width, 1, w.data(), C, 1, N, C, OC, 1);
+    plain_product(dev, din, C, t.data(), R, 1, A, C, 1, N, C, R, 1);
+    plain_product(dev, r.get<float>(DA), C, t.data(), 1, R, n.data(), C, 1, R, C, N, 1);
+    plain_product(dev, r.get<float>(DB), R, dout, 1, width, r.get<float>(XA), R, 1, OC, R, N, 1);
+}
+
+// A matrix of floats as a group without an adapter; scale stands before the next product, not in it.
+static LinearGroup<float> float_group(const float* w, size_t OC, size_t C) {
+    LinearGroup<float> g;
+    g.parts = 1;
+    g.part[0].w.data = w;
+    g.part[0].w.rows = g.OC = int(OC);
+    g.part[0].w.cols = g.C = int(C);
+    return g;
+}
+
+static void on_cpu2(Cpu<float>& dev, Run& r) {
+    const size_t N = r["N"], C = r["C"], OC = r["OC"], R = r["R"];
+    const Rope<float>* const rope = nullptr;
+    float *out = r.get<float>(OUT_), *xa = r.get<float>(OUT_XA), *normed = r.get<float>(NORMED);
+    rmsnorm_forward(dev, normed, r.get<float>(X_), r.get<float>(RSTD), r.get<float>(NORM), N, int(C));
+    LinearInput<float, float> in, down;
+    in.x = normed;
+    in.stride = C;
+    down.x = xa;
+    down.stride = R;
+    LinearGroup<float> frozen = group_of<float>(r, false);
+    frozen.R = frozen.part[0].r = 0;
+    linear_forward(dev, out, OC, xa, in, frozen, N, static_cast<const float*>(nullptr), rope, Dropout());
+    if (R > 0) {
+        linear_forward(dev, xa, R, xa, in, float_group(r.get<float>(A_), R, C), N, static_cast<const float*>(nullptr),
+                       rope, Dropout());
+        for (size_t i = 0; i < N * R; i++) {
+            xa[i] *= SCALE;
+        }
+        linear_forward(dev, out, OC, xa, down, float_group(r.get<float>(B_), OC, R), N, static_cast<const float*>(out),
+                       rope, Dropout());
+    }
+}
+
+static void on_cpu3(Cpu<float>& dev, Run& r) {
+    Run own = r;
+    if (r["BWD"]) {
+        own.memory[XA] = r.memory[BARE_XA];
+    }
+    both(dev, own, group_of<float>(r, false));
 }
 
 static bool forward_only(const Shape& s) {
     return s["BWD"] == 0;
+}
+static bool small(const Shape& s) {
+    return s["N"] * s["OC"] * s["C"] <= size_t(1) << 28;
 }
 
 template <class X>
@@ -212,6 +303,9 @@ static void prepare(Gpu<X>& dev, Run& r) {
 
 static void prepare_cpu(Cpu<float>& dev, Run& r) {
     device_reserve(dev, linear_workspace(dev, group_of<float>(r, false), r["N"]));
+    for (size_t i = 0; r["BWD"] && i < r["N"] * r["R"]; i++) {
+        r.get<float>(BARE_XA)[i] = r.get<float>(XA)[i] / SCALE;
+    }
 }
 
 int main(int argc, char** argv) {
@@ -223,6 +317,9 @@ int main(int argc, char** argv) {
         for (size_t N : {64, 128, 256, 512, 1024, 2048, 8192}) {
             op.shapes.push_back(shape(N, 4096, 4096, 16));
         }
+        op.cpu_shapes.push_back(shape(64, 2048, 2048, 16));
+        op.cpu_shapes.push_back(shape(512, 2048, 2048, 16));
+        op.cpu_shapes.push_back(shape(512, 16384, 2048, 16));
         op.shapes.push_back(shape(8192, 28672, 4096, 32));
         op.shapes.push_back(shape(8192, 4096, 14336, 16));
         op.awkward.push_back(shape(1, 64, 64, 16));
@@ -241,7 +338,10 @@ int main(int argc, char** argv) {
         gpu_version(4, "folded, the fused kernel", folded<bf16, GemmPath::FUSED, false>, nullptr),
         gpu_production(5, "folded, by the table", folded<bf16, GemmPath::AUTO, false>,
                        folded<float, GemmPath::AUTO, false>),
-        cpu_production(1, "packed panels, leaf of the tier", on_cpu, forward_only),
+        cpu_version(1, "plain loops", on_cpu1, small),
+        cpu_version(2, "packed panels, adapter in passes of its own", on_cpu2, forward_only),
+        cpu_production(3, "packed panels, folded, fp32", on_cpu3, nullptr, "fp32"),
+        cpu_production(4, "packed panels, folded, int16", on_cpu3, nullptr, "int16"),
     };
     op.prepare_bf16 = prepare<bf16>;
     op.prepare_float = prepare<float>;

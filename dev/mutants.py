@@ -39,9 +39,14 @@ from mutants_ranks import FAULTS as RANKS_FAULTS
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 X86 = platform.machine() in ("x86_64", "AMD64")
 FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-fopenmp", "-w"] + (["-march=x86-64-v2"] if X86 else [])
-TIERS = {"kernels/cpu/isa_avx2.cpp": ["-mavx2", "-mfma", "-mf16c", "-mbmi2"],
-         "kernels/cpu/isa_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vbmi", "-mavx2",
-                                        "-mfma", "-mf16c", "-mbmi2", "-mprefer-vector-width=512"]}
+AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *AVX2, "-mprefer-vector-width=512"]
+VNNI = [*AVX512, "-mavx512vnni", "-mavx512vbmi"]
+TIERS = {"kernels/cpu/isa_avx2.cpp": AVX2, "kernels/cpu/isa_avx512.cpp": AVX512, "kernels/cpu/isa_avx512vnni.cpp": VNNI,
+         "kernels/cpu/isa_amx.cpp": [*VNNI, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]}
+# What the group amx sees with the stand-in's tiles; as sources they are named with STANDIN before their path.
+STANDIN = "simt/"
+AMX_SOURCES = {"kernels/cpu/" + name for name in ("isa_amx.cpp", "isa_choose.cpp", "amx_permitted.cpp")}
 # Whether the program is one for a GPU. test_llama.cu has the groups of all kinds, those not linked without a test.
 DEFINES = {"train_llama.cu": ["-DHAVE_GPU=0"], "test_llama.cu": ["-DHAVE_GPU=2"]}
 # The GPU's kernels, for groups of tests named gpu_...
@@ -50,7 +55,7 @@ GPU_SOURCES = ["kernels/gpu.cu", "kernels/gpu_attention.cu", "kernels/gpu_comm.c
 # Of the library, one of the first two is linked.
 COMM_SOURCES = {"kernels/comm_mpi.cpp", "kernels/comm_none.cpp", "kernels/gpu_comm_none.cpp"}
 TEST_SOURCES = ["test_llama.cu", "dev/tests/test.cpp", "dev/tests/comm.cpp"]  # of every group
-PROGRAM_GROUPS = {"trainer", "trainer_ranks"}  # tests that run the program itself
+PROGRAM_GROUPS = {"math", "trainer", "trainer_ranks"}  # tests that run the program itself
 # Of the tests. A stream that does not wait for another one's event runs before it, or after: as a card's may.
 ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "SIMT_STREAMS": "queues"}
 LIBRARIES = ["-lpcre2-8", "-lcrypto"]
@@ -58,6 +63,9 @@ LIBRARY_FOLDERS = ["", "io", "tokenizer", "kernels", "kernels/cpu"]
 SOURCES = (".cpp", ".cu", ".h", ".cuh", ".inc")
 LEFT_OUT = {".git", "build", "runs", "__pycache__", "train_llama", "test_llama"}  # of the copy
 TEST_SECONDS = 600
+
+GEMM_H, LEAF_GEMM = "kernels/cpu/gemm.h", "kernels/cpu/leaf_gemm.inc"
+VNNI_CPP, AMX_CPP = "kernels/cpu/isa_avx512vnni.cpp", "kernels/cpu/isa_amx.cpp"
 
 FAULTS = [
     # ---- RMSNorm, RoPE, SwiGLU
@@ -79,36 +87,47 @@ FAULTS = [
           "y.rstd2, m.w.layers[l].norm1), group, p.N", "model/dump_gqa"),
     Fault("derivative of SwiGLU: sigmoid in place of x sigmoid", "kernels/cpu/leaf_rows.inc",
           "v_fma(silu, v_sub(v_set1(1), s), s)", "v_fma(s, v_sub(v_set1(1), s), s)", "elementwise/swiglu"),
-    Fault("SwiGLU takes gate and up the wrong way round", "kernels/cpu/gemm.h", "silu_mul(out, x, x + op.ld, n)",
-          "silu_mul(out, x + op.ld, x, n)", "linear/linear_double model/dump_gqa"),
+    Fault("SwiGLU takes gate and up the wrong way round", "kernels/cpu/gemm.h", "silu_mul_wide(out, x, x + op.ld, n)",
+          "silu_mul_wide(out, x + op.ld, x, n)", "linear/linear_double model/dump_gqa"),
     Fault("llama3 RoPE: ends of the ramp exchanged", "llama_config.cpp",
           "(1.0f - smooth) * keep / factor + smooth * keep", "smooth * keep / factor + (1.0f - smooth) * keep",
           "config/config_inv_freq model/dump_gqa"),
 
     # ---- attention
-    Fault("attention scaled by HS instead of its root", "kernels/cpu/attention.h",
-          "queries, X(1 / std::sqrt(double(s.HS))));", "queries, X(1 / double(s.HS)));", "attention/"),
-    Fault("dQ without the scale", "kernels/cpu/attention.h", "w.dQ, queries, scale);", "w.dQ, queries, X(1));",
-          "attention/"),
-    Fault("causal mask lets a query see the next key", "kernels/cpu/attention.h", "query0 + c < key0 + k;",
-          "query0 + c + 1 < key0 + k;", "attention/"),
-    Fault("causal mask hides a query's own key", "kernels/cpu/attention.h", "query0 + c < key0 + k;",
-          "query0 + c < key0 + k + (key0 + k > 0);", "attention/"),
-    Fault("query head h reads kv head h mod NKV", "kernels/cpu/attention.h",
-          "for (size_t h = size_t(t.kv) * group; h < size_t(t.kv + 1) * group; h++)",
-          "for (size_t h = size_t(t.kv); h < size_t(NH); h += size_t(NKV))", "attention/"),
-    Fault("backward: query head h reads kv head h mod NKV", "kernels/cpu/attention.h", "size_t(t.kv) * group + g;",
-          "size_t(t.kv) + g * size_t(s.NKV);", "attention/"),
+    Fault("attention scaled by HS instead of its root", "kernels/cpu/attention.h", "1 / std::sqrt(double(HS))}",
+          "1 / double(HS)}", "attention/"),
+    Fault("dQ without the scale", "kernels/cpu/attention.h", "w.dQ + g * block, queries, scale);",
+          "w.dQ + g * block, queries, Real(1));", "attention/"),
+    Fault("causal mask lets a query see the next key", "kernels/cpu/attention.h", "ptrdiff_t(query + r + 1)",
+          "ptrdiff_t(query + r + 2)", "attention/"),
+    Fault("backward: causal mask lets a query see the next key", "kernels/cpu/attention.h",
+          "diagonal ? r + 1 : keys", "diagonal ? r + 2 : keys", "attention/"),
+    Fault("query head h reads kv head h mod NKV", "kernels/cpu/attention.h", "size_t(t.kv) * group + g;",
+          "size_t(t.kv) + g * size_t(s.NKV);", "attention/", (1, 2)),
+    Fault("backward: query heads of another kv head", "kernels/cpu/attention.h", "h = size_t(t.kv) * group;",
+          "h = size_t(t.kv);", "attention/"),
     Fault("attention reaches across documents", "llama.h",
           "p.docs = documents_place(m.dev, a.documents, b.cu_seqlens.data(), int(b.cu_seqlens.size()) - 1, c.HS);",
           "const int32_t all[2] = {0, int32_t(p.N)}; p.docs = documents_place(m.dev, a.documents, all, 1, c.HS);",
           "model/packed_equals_separate"),
-    Fault("attention's log-sum-exp without the maximum", "kernels/cpu/attention.h", "w.max[c] + std::log(w.sum[c])",
-          "std::log(w.sum[c])", "attention/"),
-    Fault("running sum of the softmax not shrunk to the new maximum", "kernels/cpu/leaf_rows.inc",
-          "v_fma(v_load(sum + c), f, v_add(", "v_add(v_load(sum + c), v_add(", "attention/ elementwise/rows_softmax"),
-    Fault("D of the softmax's gradient left out", "kernels/cpu/leaf_rows.inc",
-          "v_mul(p, v_sub(v_load(ds + r * n + c), d))", "v_mul(p, v_load(ds + r * n + c))", "attention/"),
+    Fault("attention's log-sum-exp without the maximum", "kernels/cpu/attention.h",
+          "w.max[g * B + i] + std::log(w.total[i])", "std::log(w.total[i])", "attention/"),
+    Fault("sums of values not shrunk to the new maximum", "kernels/cpu/attention.h", "m, HS, n, key > 0, w.shrink",
+          "m, HS, n, key > 0", "attention/"),
+    Fault("running sum of the softmax not shrunk to the new maximum", "kernels/cpu/leaf_attention.inc",
+          "v_fma(v_load(total), v_set1(f[i]), v_add(t[0], t[1]))", "v_add(v_load(total), v_add(t[0], t[1]))",
+          "attention/"),
+    Fault("dK and dV of the diagonal: only the last query head counts", "kernels/cpu/attention.h",
+          "const bool add = !diagonal || g > 0;", "const bool add = !diagonal;", "attention/"),
+    Fault("D of the softmax's gradient left out", "kernels/cpu/leaf_attention.inc",
+          "v_store(d + c, v_mul(e, v_sub(v_load(d + c), mean)));", "v_store(d + c, v_mul(e, v_load(d + c)));",
+          "attention/"),
+    Fault("D left out where a row ends within a vector", "kernels/cpu/leaf_attention.inc",
+          "g = v_mul(e, v_sub(v_load(d + c), mean));", "g = v_mul(e, v_load(d + c));", "attention/"),
+    Fault("softmax of keys behind the diagonal, within a vector", "kernels/cpu/leaf_attention.inc",
+          "vec x = v_first(v_load(p + c), none, int(here - c));", "vec x = v_load(p + c);", "attention/"),
+    Fault("gradient of keys behind the diagonal, within a vector", "kernels/cpu/leaf_attention.inc",
+          "v_store(p + c, v_first(e, v_zero(), int(here - c)));", "v_store(p + c, e);", "attention/"),
 
     # ---- loss
     Fault("cross-entropy's exp without the maximum", "kernels/cpu/classifier.h",
@@ -135,7 +154,7 @@ FAULTS = [
     Fault("rsLoRA's scale is that of LoRA", "llama.h", "alpha / std::sqrt(double(r))", "alpha / r",
           "model/dump_linear_rslora"),
     Fault("scale left out of the forward pass", "kernels/cpu/linear.h",
-          "operand_plain<X>(xa + rank, size_t(g.R), part.scale)", "operand_plain<X>(xa + rank, size_t(g.R))",
+          "operand_stored<X>(xa + rank, size_t(g.R), part.scale)", "operand_stored<X>(xa + rank, size_t(g.R))",
           "linear/linear_double linear/linear_finite"),
     Fault("scale left out of dB", "kernels/cpu/linear.h", "+= part.scale * s.right[", "+= s.right[",
           "linear/linear_double linear/linear_finite"),
@@ -155,6 +174,141 @@ FAULTS = [
     Fault("dropout the same in all linears", "kernels/cpu/gemm.h", "uint32_t(drop.position[row]), module}",
           "uint32_t(drop.position[row]), 0}", "linear/linear_dropout"),
     Fault("A starts in [0, bound)", "llama.h", "(2 * u - 1) * bound", "u * bound", "model/adapter_start"),
+
+    # ---- products on the CPU: the engine
+    Fault("a scaled operand is read where it stands", GEMM_H, "if (op.kind == Operand<X>::PLAIN && op.scale == 1)",
+          "if (op.kind == Operand<X>::PLAIN)", "linear/linear_double"),
+    Fault("an input's scale is not applied", GEMM_H, "operand_scale(out, op.scale, n);", "", "linear/linear_double",
+          (2, 2)),
+    Fault("an input under dropout is read where it stands", GEMM_H, "!op.map && !op.drop &&", "!op.map &&",
+          "linear/linear_double"),
+    Fault("an input with a map is read where it stands", GEMM_H, "!op.map && !op.drop &&", "!op.drop &&",
+          "classifier/"),
+    Fault("lines in parts: all go to the first units", GEMM_H, "pack(out + i / f.unit *", "pack(out + 0 *",
+          "linear/linear_tiers"),
+    Fault("columns in parts: a line is taken for a unit", GEMM_H, "panel + i / f.unit * unit, in + j",
+          "panel + i * unit, in + j", "math/curves linear/"),
+    Fault("columns in groups: all go to the first panels", GEMM_H, "out + (j0 + j) / width * panel",
+          "out + j / width * panel", "linear/linear_double linear/linear_tiers"),
+    Fault("absmax of the rows of a part taken as if they stood side by side", GEMM_H, "first + j * in_row, blocks);",
+          "first + j * blocks, blocks);", "linear/linear_tiers"),
+    Fault("absmax in fp32: rows of a part taken as if they stood side by side", GEMM_H, "*lda = in_row;",
+          "*lda = blocks;", "linear/linear_tiers model/"),
+    Fault("a part of the frozen head is its first rows", GEMM_H, "row = op.row0 + (along ? k0 : first), column",
+          "row = (along ? k0 : first), column", "classifier/"),
+    Fault("panels of a frozen bf16 matrix all from its first columns", GEMM_H, "in + (along ? j : j * cols), cols",
+          "in + (along ? 0 : j * cols), cols", "linear/linear_tiers"),
+    Fault("residual of a band is that of the first", GEMM_H, "from + i * p.ldc + n0", "from + (i - row0) * p.ldc + n0",
+          "linear/"),
+    Fault("what stands in C is taken for the residual", GEMM_H, "if (add && !(in_place && from == p.c))",
+          "if (add && !in_place)", "linear/linear_double"),
+    Fault("a term of a product overwrites those before it", GEMM_H, "const Term<X>& term = p.term[t];",
+          "const Term<X>& term = p.term[t]; add = add && t == 0;", "linear/linear_double"),
+    Fault("a product that should add begins anew", GEMM_H, "from = p.add ? p.c : p.residual;", "from = p.residual;",
+          "classifier/"),
+    Fault("a block of A is looked for behind one strip, not all", GEMM_H, "term.a.p + strips * strip_bytes(f, k0)",
+          "term.a.p + strip_bytes(f, k0)", "linear/linear_double"),
+    Fault("a band reads the strips of the first", GEMM_H, "+ row0 / mr * strip;", "+ 0 * row0 / mr * strip;",
+          "linear/"),
+    Fault("bands are no whole strips", GEMM_H, "band = round_up((M + bands - 1) / bands, ROWS);",
+          "band = (M + bands - 1) / bands;", "linear/"),
+    Fault("the last band is left out", GEMM_H, "bands = (M + cut.band - 1) / cut.band;",
+          "bands = M < cut.band ? 1 : M / cut.band;", "linear/"),
+    Fault("bf16: a band may be longer than its sums", GEMM_H, "? M : SUMS_ROWS;", "? M : M;", "amx/"),
+    Fault("residual of the first linear for all of a group", "kernels/cpu/linear.h",
+          "residual ? residual + column : nullptr", "residual", "linear/linear_double"),
+
+    # ---- products on the CPU: fp32
+    Fault("NF4 lines: the absmax of the first block for all", LEAF_GEMM, "* lda + i0 / 64]", "* lda]",
+          "format/format_nf4_lines"),
+    Fault("NF4 columns: panels stand in each other", LEAF_GEMM, "row + at / WIDTH * WIDTH * k + at % WIDTH",
+          "row + at", "format/format_nf4_columns"),
+    Fault("whole vectors of C at its right end", LEAF_GEMM, "if (n == W) { v_store(row + v * W, out);",
+          "if (true) { v_store(row + v * W, out);", "format/format_products"),
+    Fault("whole vectors behind a strip", LEAF_GEMM, "size_t(i) * ldo + W <= room", "size_t(i) * ldo <= room",
+          "format/format_products"),
+
+    # ---- products on the CPU: int16
+    Fault("int16: A has as many steps as overflow", VNNI_CPP, "A_STEPS = 8191", "A_STEPS = 16383", "format/"),
+    Fault("int16: A has one step too many", VNNI_CPP, "A_STEPS = 8191", "A_STEPS = 8192", "format/"),
+    Fault("int16: B has half its steps", VNNI_CPP, "B_STEPS = 2048", "B_STEPS = 1024", "format/"),
+    Fault("int16: A's scale for another number of steps", VNNI_CPP, "_mm512_set1_ps(1 / A_STEPS)",
+          "_mm512_set1_ps(1 / (A_STEPS + 1))", "format/"),
+    Fault("int16: B's scale is no power of two", VNNI_CPP, "_mm512_set1_epi32(0x7f800000)",
+          "_mm512_set1_epi32(0x7fffffff)", "format/"),
+    Fault("int16: no least scale of A", VNNI_CPP, "_mm512_set1_ps(A_STEPS * 0x1p-126f)", "_mm512_set1_ps(0)",
+          "format/"),
+    Fault("int16: no least scale of B", VNNI_CPP, "_mm512_set1_ps(B_STEPS * 0x1p-126f)", "_mm512_set1_ps(0)",
+          "format/"),
+    Fault("int16: a block's greatest with its sign", VNNI_CPP, "_mm512_set1_epi32(0x7fffffff)",
+          "_mm512_set1_epi32(-1)", "format/"),
+    Fault("int16: a block's greatest as floats, which drops a NaN", VNNI_CPP,
+          "greatest = _mm512_max_epi32(greatest, magnitude(x[v]));",
+          "greatest = _mm512_castps_si512(_mm512_max_ps(_mm512_castsi512_ps(greatest), "
+          "_mm512_castsi512_ps(magnitude(x[v]))));", "format/"),
+    Fault("int16: a block's greatest from half of it", VNNI_CPP, "magnitude(x[v]));", "magnitude(x[v & 1]));",
+          "format/"),
+    Fault("int16: the scales are multiplied first, and may be 0", VNNI_CPP,
+          "__m512 x = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[i][v]), right[v]); float* t = total[i] + v * 16; "
+          "_mm512_store_ps(t, _mm512_fmadd_ps(x, left, _mm512_load_ps(t)));",
+          "float* t = total[i] + v * 16; _mm512_store_ps(t, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[i][v]), "
+          "_mm512_mul_ps(right[v], left), _mm512_load_ps(t)));", "format/"),
+    Fault("int16: the scale of A's first row for all", VNNI_CPP, "_mm512_set1_ps(a->scale[i])",
+          "_mm512_set1_ps(a->scale[0])", "format/"),
+    Fault("int16: a line's tail is read beyond its end", VNNI_CPP, "load(in + v * 16, lanes_of(v, int(n)))",
+          "load(in + v * 16, n > 0 ? 0xffff : 0)", "format/"),
+    Fault("int16: columns of an odd length have no zero at the end", VNNI_CPP,
+          "p + 1 < count ? lanes_of(v, n) : 0", "lanes_of(v, n)", "format/"),
+    Fault("int16: NF4's table is not rounded to bf16", VNNI_CPP,
+          "to_steps(round_to_bf16(_mm512_mul_ps(_mm512_loadu_ps(NF4_CODE), _mm512_set1_ps(absmax))), inverse)",
+          "to_steps(_mm512_mul_ps(_mm512_loadu_ps(NF4_CODE), _mm512_set1_ps(absmax)), inverse)", "format/"),
+    Fault("int16: NF4 columns: the scale of some lines for all", VNNI_CPP,
+          "block_scale(false, _mm512_reduce_max_epi32(greatest), &factor)",
+          "block_scale(false, _mm_cvtsi128_si32(_mm512_castsi512_si128(greatest)), &factor)", "format/"),
+    Fault("int16: NF4 columns: odd lines with the table of the even ones", VNNI_CPP, "_mm512_set1_epi32(0x00100000)",
+          "_mm512_setzero_si512()", "format/"),
+    Fault("int16: NF4 columns: lines behind the last have weights", VNNI_CPP, "float top[BLOCK] = {};",
+          "float top[BLOCK]; for (float& t : top) { t = 1; }", "format/"),
+    Fault("int16: NF4 columns: the absmax of the first unit for all", VNNI_CPP,
+          "absmax[(u * BLOCK + i) * lda + j]", "absmax[i * lda + j]", "format/"),
+    Fault("int16: NF4 columns: panels and units exchanged", VNNI_CPP, "+ j * units + u,", "+ u * (n / NR) + j,",
+          "format/"),
+    Fault("int16: whole vectors of C at its right end", VNNI_CPP, "v + 1 < V ? 0xffff : lanes(columns - v * 16);",
+          "0xffff;", "format/"),
+    Fault("int16: what stands in C is lost", VNNI_CPP,
+          "add ? _mm512_add_ps(_mm512_maskz_loadu_ps(mask, p), out) : out", "out", "format/"),
+
+    # ---- products on the CPU: bf16, through the stand-in of the tiles
+    Fault("tiles: sums begin anew every 256 k", AMX_CPP, "unit == 0, next);", "true, next);", "amx/"),
+    Fault("tiles: row 17 of a strip is left out", AMX_CPP, "if (mr > 16) {", "if (mr > 17) {", "amx/"),
+    Fault("tiles: rows 16 to 31 of A are rows 0 to 15", AMX_CPP, "tile_dot_bf16<C2, A1, B0>();",
+          "tile_dot_bf16<C2, A0, B0>();", "amx/", (1, 2)),
+    Fault("tiles stay open", AMX_CPP, "tiles_close();", "", "amx/", (1, 2)),
+    Fault("tiles: what stands in C is lost", AMX_CPP, "if (add) { sum =", "if (false) { sum =", "amx/"),
+    Fault("tiles: whole vectors of C at its right end", AMX_CPP, "_mm512_mask_storeu_ps(c + j, lanes, sum);",
+          "_mm512_storeu_ps(c + j, sum);", "amx/"),
+    Fault("tiles: columns behind the last are those of the tile before", AMX_CPP, "clear(lines, TILE);", "", "amx/"),
+    Fault("tiles: an odd last line is paired with itself", AMX_CPP, "high, have > 1 ? high : 0", "high, high", "amx/"),
+    Fault("tiles: NF4: an odd last line is paired with itself", AMX_CPP,
+          "nf4_table(absmax[i]), _mm256_setzero_si256());", "nf4_table(absmax[i]), nf4_table(absmax[i]));", "amx/"),
+    Fault("tiles: NF4: a line's tail is not cut", AMX_CPP, "nf4_lanes(beyond(n, 32))", "0xffffffffu", "amx/"),
+    Fault("tiles: NF4: second lines with the table of the first", AMX_CPP, "_mm512_set1_epi32(0x100000)",
+          "_mm512_setzero_si512()", "amx/"),
+    Fault("tiles: NF4: the absmax of the first line for both", AMX_CPP, "nf4_table(absmax[lda + i])",
+          "nf4_table(absmax[i])", "amx/"),
+
+    # ---- the choice of the arithmetic
+    Fault("--math auto is fp32 where int16 is to be had", "kernels/cpu/device.cpp",
+          "|| (any && dev.isa->int16) ? dev.isa->int16", "? dev.isa->int16", "math/tiers"),
+    Fault("the adapters' own products in int16", "kernels/cpu/device.cpp", "dev.adapter = dev.isa->fp32;",
+          "dev.adapter = base;", "math/ linear/"),
+    Fault("an arithmetic that the processor lacks is passed over", "train_device.h",
+          "if (!device_math(dev, run.o.math.c_str())) {", "if (device_math(dev, run.o.math.c_str()), false) {",
+          "math/tiers"),
+    Fault("--math int16 with a GPU is taken", "train_device.h", 'if (o.math == "int16" && o.device == "cuda") {',
+          "if (false) {", "math/tiers"),
+    Fault("--math bf16 without it is fp32", "train_device.h", 'run.o.math == "int16" ? "AVX-512',
+          'run.o.math != "int16" ? "AVX-512', "math/tiers"),
 
     # ---- AdamW and the schedule
     Fault("AdamW without the second moment's bias correction", "kernels/adamw.h", "Real(std::sqrt(correction2))",
@@ -387,8 +541,10 @@ class Build:
         return all(os.path.exists(f) and os.path.getmtime(f) <= os.path.getmtime(made) for f in files)
 
     def compile(self, source, made):
-        special = self.defines.get(source, []) + (TIERS.get(source, []) if X86 else [])
-        self.call(["g++", *FLAGS, *special, "-I.", "-MMD", "-x", "c++", "-c", source, "-o", made])
+        path = source[len(STANDIN):] if source.startswith(STANDIN) else source
+        special = self.defines.get(path, []) + (TIERS.get(path, []) if X86 else [])
+        special += ["-DAMX_STANDIN"] if path != source else []
+        self.call(["g++", *FLAGS, *special, "-I.", "-MMD", "-x", "c++", "-c", path, "-o", made])
 
     def call(self, command):
         done = subprocess.run(command, cwd=self.tree, capture_output=True, text=True)
@@ -429,6 +585,8 @@ class Build:
         name = "fault_" if changed else ""
         tests = sorted({"dev/tests/comm.cpp", "dev/tests/" + group + ".cpp"})
         sources = self.library + sorted(set(TEST_SOURCES + tests)) + (GPU_SOURCES if group.startswith("gpu_") else [])
+        if group == "amx":
+            sources = [STANDIN + s if s in AMX_SOURCES else s for s in sources]
         program = self.link(self.objects(sources, changed) + [self.without_tests(tests)], name + "tests")
         if group in PROGRAM_GROUPS:
             trainer = self.objects(self.library + ["train_llama.cu"], changed)

@@ -3,7 +3,8 @@
 //   1  bitsandbytes' order, a thread two weights, its own look-up in a table in memory
 //   2  bitsandbytes' order, 16 bytes of output a thread, look-ups by shuffle (kernels/nf4.cuh, what does not pack)
 //   3* kernels/nf4.cuh: packed, a warp 32 x 64, an absmax a lane, codes exchanged among four lanes
-//   c1* kernels/cpu/nf4.h
+//   c1  plain loops, a weight at a time
+//   c2* kernels/cpu/nf4.h
 #include "dev/nf4_matrix.h"
 #include "kernels/nf4.cuh"
 
@@ -69,17 +70,29 @@ static void version3(Gpu<X>& dev, Run& r) {
     matrix_to_scratch(dev, dev.stream, r.get<X>(OUT), r["C"], w);
 }
 
-static void on_cpu(Cpu<float>& dev, Run& r) {
+static void on_cpu1(Cpu<float>& dev, Run& r) {
     const Matrix w = nf4_matrix(r);
-#pragma omp parallel for num_threads(dev.threads)
-    for (size_t row = 0; row < size_t(w.rows); row++) {
-        matrix_row(dev, r.get<float>(OUT) + row * size_t(w.cols), w, row);
-    }
+    parallel_ranges(dev.threads, w.elements(), 4096, [&](size_t begin, size_t end, int) {
+        for (size_t i = begin; i < end; i++) {
+            const int code = i % 2 ? w.codes[i / 2] & 15 : w.codes[i / 2] >> 4;
+            r.get<float>(OUT)[i] = to_float(to_bf16(NF4_CODE[code] * nf4_absmax(w, i / 64)));
+        }
+    });
+}
+
+static void on_cpu2(Cpu<float>& dev, Run& r) {
+    const Matrix w = nf4_matrix(r);
+    parallel_ranges(dev.threads, size_t(w.rows), 1, [&](size_t begin, size_t end, int) {
+        for (size_t row = begin; row < end; row++) {
+            matrix_row(dev, r.get<float>(OUT) + row * size_t(w.cols), w, row);
+        }
+    });
 }
 
 int main(int argc, char** argv) {
     Op op = {"nf4_dequantize", "NF4 matrix (OC, C) to bf16 or float"};
     op.shapes = {{{"OC", 4096}, {"C", 4096}}, {{"OC", 28672}, {"C", 4096}}, {{"OC", 4096}, {"C", 14336}}};
+    op.cpu_shapes = {{{"OC", 2048}, {"C", 2048}}, {{"OC", 8192}, {"C", 2048}}};
     op.awkward = {{{"OC", 64}, {"C", 64}},
                   {{"OC", 128}, {"C", 192}},
                   {{"OC", 64}, {"C", 576}},
@@ -92,7 +105,8 @@ int main(int argc, char** argv) {
         gpu_version(1, "two weights a thread, table in memory", version1<bf16>, version1<float>),
         gpu_version(2, "bitsandbytes' order, 16 bytes a thread", version2<bf16>, version2<float>),
         gpu_production(3, "packed, a warp 32 x 64", version3<bf16>, version3<float>, packs),
-        cpu_production(1, "leaf of the instruction tier", on_cpu),
+        cpu_version(1, "plain loops", on_cpu1),
+        cpu_production(2, "leaf of the instruction tier", on_cpu2),
     };
     op.prepare_bf16 = nf4_prepare<bf16>;
     op.prepare_float = nf4_prepare<float>;

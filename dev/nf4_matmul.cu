@@ -10,7 +10,10 @@
 //   6  tile 64 x 64
 //   7  tile 128 x 128
 //   8  tile 256 x 128
-//   c1* kernels/cpu/linear.h (R 0)
+//   c1  an output at a time, weights decoded one by one (R 0, as all on the CPU)
+//   c2  dequantised to scratch, then the product of kernels/cpu/linear.h
+//   c3* kernels/cpu/linear.h: decoded while a panel is packed, fp32
+//   c4* the same in int16
 #include "dev/nf4_matrix.h"
 #include "kernels/cpu/linear.h"
 #include "kernels/matmul.h"
@@ -138,10 +141,15 @@ static void fused(Gpu<bf16>& dev, Run& r) {
     }
 }
 
-static LinearGroup<float> cpu_group(const Run& r) {
+// The matrix in NF4, or what on_cpu2 has written to scratch.
+static LinearGroup<float> cpu_group(const Run& r, bool dequantised) {
     LinearGroup<float> g;
     g.parts = 1;
     g.part[0].w = nf4_matrix(r);
+    if (dequantised) {
+        g.part[0].w.store = Store::F32;
+        g.part[0].w.data = r.get<float>(SCRATCH);
+    }
     g.C = int(r["C"]);
     g.OC = int(r["OC"]);
     return g;
@@ -152,12 +160,33 @@ static bool no_adapter(const Shape& s) {
 }
 
 static void prepare_cpu(Cpu<float>& dev, Run& r) {
-    device_reserve(dev, linear_workspace(dev, cpu_group(r), r["M"]));
+    device_reserve(dev, std::max(linear_workspace(dev, cpu_group(r, false), r["M"]),
+                                 linear_workspace(dev, cpu_group(r, true), r["M"])));
 }
 
-static void on_cpu(Cpu<float>& dev, Run& r) {
+static bool small_no_adapter(const Shape& s) {
+    return s["R"] == 0 && s["M"] * s["OC"] * s["C"] <= size_t(1) << 26;
+}
+
+static void on_cpu1(Cpu<float>& dev, Run& r) {
     const Sizes z = sizes_of(r.shape);
-    const LinearGroup<float> g = cpu_group(r);
+    const Matrix w = nf4_matrix(r);
+    parallel_ranges(dev.threads, z.M * z.F, 64, [&](size_t begin, size_t end, int) {
+        for (size_t i = begin; i < end; i++) {
+            const size_t m = i / z.F, f = i % z.F;
+            float sum = 0;
+            for (size_t k = 0; k < z.K; k++) {
+                const size_t at = z.backward ? k * z.F + f : f * z.K + k;
+                const int code = at % 2 ? w.codes[at / 2] & 15 : w.codes[at / 2] >> 4;
+                sum += r.get<float>(X_)[m * z.K + k] * to_float(to_bf16(NF4_CODE[code] * nf4_absmax(w, at / 64)));
+            }
+            r.get<float>(Y)[i] = sum;
+        }
+    });
+}
+
+static void cpu_product(Cpu<float>& dev, Run& r, const LinearGroup<float>& g) {
+    const Sizes z = sizes_of(r.shape);
     LinearInput<float, float> in;
     in.x = r.get<float>(X_);
     in.stride = z.K;
@@ -170,6 +199,20 @@ static void on_cpu(Cpu<float>& dev, Run& r) {
     }
 }
 
+static void on_cpu2(Cpu<float>& dev, Run& r) {
+    const Matrix w = nf4_matrix(r);
+    parallel_ranges(dev.threads, size_t(w.rows), 1, [&](size_t begin, size_t end, int) {
+        for (size_t row = begin; row < end; row++) {
+            matrix_row(dev, r.get<float>(SCRATCH) + row * size_t(w.cols), w, row);
+        }
+    });
+    cpu_product(dev, r, cpu_group(r, true));
+}
+
+static void on_cpu3(Cpu<float>& dev, Run& r) {
+    cpu_product(dev, r, cpu_group(r, false));
+}
+
 int main(int argc, char** argv) {
     Op op = {"nf4_matmul", "activations times NF4 (OC, C) with R adapter columns"};
     for (size_t backward : {0, 1}) {
@@ -177,7 +220,12 @@ int main(int argc, char** argv) {
             op.shapes.push_back({{"M", M}, {"OC", 4096}, {"C", 4096}, {"R", 16}, {"BWD", backward}});
         }
         op.shapes.push_back({{"M", 128}, {"OC", 28672}, {"C", 4096}, {"R", 32}, {"BWD", backward}});
+        for (size_t M : {16, 64, 128, 512}) {
+            op.cpu_shapes.push_back({{"M", M}, {"OC", 2048}, {"C", 2048}, {"R", 0}, {"BWD", backward}});
+        }
+        op.cpu_shapes.push_back({{"M", 512}, {"OC", 8192}, {"C", 2048}, {"R", 0}, {"BWD", backward}});
         op.awkward.push_back({{"M", 1}, {"OC", 64}, {"C", 64}, {"R", 0}, {"BWD", backward}});
+        op.awkward.push_back({{"M", 70}, {"OC", 192}, {"C", 320}, {"R", 0}, {"BWD", backward}});
         op.awkward.push_back({{"M", 33}, {"OC", 128}, {"C", 192}, {"R", 16}, {"BWD", backward}});
         op.awkward.push_back({{"M", 70}, {"OC", 192}, {"C", 320}, {"R", 48}, {"BWD", backward}});
     }
@@ -193,7 +241,10 @@ int main(int argc, char** argv) {
         gpu_version(6, "tile 64 x 64", fused<Nf4Tile::T64x64>, nullptr),
         gpu_version(7, "tile 128 x 128", fused<Nf4Tile::T128x128>, nullptr),
         gpu_version(8, "tile 256 x 128", fused<Nf4Tile::T256x128>, nullptr),
-        cpu_production(1, "packed panels, leaf of the tier", on_cpu, no_adapter),
+        cpu_version(1, "an output at a time", on_cpu1, small_no_adapter),
+        cpu_version(2, "dequantised, then packed panels, fp32", on_cpu2, no_adapter),
+        cpu_production(3, "decoded into packed panels, fp32", on_cpu3, no_adapter, "fp32"),
+        cpu_production(4, "decoded into packed panels, int16", on_cpu3, no_adapter, "int16"),
     };
     op.prepare_bf16 = nf4_prepare<bf16>;
     op.prepare_float = nf4_prepare<float>;

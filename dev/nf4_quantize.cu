@@ -2,7 +2,8 @@
 //
 //   1  a thread a block of 64
 //   2* kernels/nf4.cuh: a warp four blocks, 8 weights a lane
-//   c1* kernels/cpu/nf4.cpp
+//   c1  plain loops, a weight at a time
+//   c2* kernels/cpu/nf4.cpp: a threshold at a time over a block of 64
 #include "dev/harness.h"
 #include "kernels/cpu/nf4.h"
 #include "kernels/nf4.cuh"
@@ -81,13 +82,39 @@ static void version2(Gpu<X>& dev, Run& r) {
            r.get<float>(ABSMAX), r.get<float>(WEIGHTS), r["N"]);
 }
 
-static void on_cpu(Cpu<float>& dev, Run& r) {
+static void on_cpu1(Cpu<float>& dev, Run& r) {
+    const size_t n = r["N"];
+    const float* w = r.get<float>(WEIGHTS);
+    parallel_ranges(dev.threads, ceil_div(n, 64), 64, [&](size_t first, size_t last, int) {
+        for (size_t block = first; block < last; block++) {
+            const size_t begin = block * 64, end = std::min(n, begin + 64);
+            float greatest = 0;
+            for (size_t i = begin; i < end; i++) {
+                greatest = std::max(greatest, std::fabs(w[i]));
+            }
+            r.get<float>(ABSMAX)[block] = greatest;
+            const float inverse = 1.0f / std::max(greatest, 1e-38f);
+            for (size_t i = begin; i < (end + 1) / 2 * 2; i++) {
+                const float x = i < n ? w[i] * inverse : 0.0f;
+                int code = 0;
+                while (code < 15 && x > (NF4_CODE[code] + NF4_CODE[code + 1]) / 2.0f) {
+                    code++;
+                }
+                uint8_t& pair = r.get<uint8_t>(CODES)[i / 2];
+                pair = uint8_t(i % 2 ? pair | code : code << 4);
+            }
+        }
+    });
+}
+
+static void on_cpu2(Cpu<float>& dev, Run& r) {
     nf4_quantize(r.get<uint8_t>(CODES), r.get<float>(ABSMAX), r.get<float>(WEIGHTS), r["N"], dev.threads);
 }
 
 int main(int argc, char** argv) {
     Op op = {"nf4_quantize", "N floats to NF4"};
     op.shapes = {{{"N", 1 << 26}}};
+    op.cpu_shapes = {{{"N", 1 << 24}}};
     op.awkward = {{{"N", 1}}, {{"N", 64}}, {{"N", 255}}, {{"N", 4101}}};
     op.arrays = arrays;
     op.evaluate = evaluate;
@@ -95,7 +122,8 @@ int main(int argc, char** argv) {
     op.versions = {
         gpu_version(1, "a thread a block of 64", version1<bf16>, version1<float>),
         gpu_production(2, "a warp four blocks", version2<bf16>, version2<float>),
-        cpu_production(1, "loops that the compiler vectorises", on_cpu),
+        cpu_version(1, "plain loops", on_cpu1),
+        cpu_production(2, "loops that the compiler vectorises", on_cpu2),
     };
     return harness(op, argc, argv);
 }

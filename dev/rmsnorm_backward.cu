@@ -3,7 +3,8 @@
 //   1  a thread a row: accesses of a warp lie a row apart
 //   2  a warp a row, an element a lane; the row is read twice
 //   3* kernels/rmsnorm.cuh: a warp or block a row, 16 bytes a thread; the row stays in registers
-//   c1* kernels/cpu/elementwise.h
+//   c1  plain loops
+//   c2* kernels/cpu/elementwise.h
 #include "dev/harness.h"
 #include "kernels/cpu/elementwise.h"
 #include "kernels/rmsnorm.cuh"
@@ -105,9 +106,27 @@ static void production(Dev& dev, Run& r) {
                      r.get<float>(W), r["N"], int(r["C"]));
 }
 
+static void on_cpu1(Cpu<float>& dev, Run& r) {
+    const size_t C = r["C"];
+    parallel_ranges(dev.threads, r["N"], 1, [&](size_t begin, size_t end, int) {
+        for (size_t row = begin; row < end; row++) {
+            const float *dout = r.get<float>(DOUT) + row * C, *x = r.get<float>(X_IN) + row * C, *w = r.get<float>(W);
+            float *dx = r.get<float>(DX) + row * (C + ROOM), sum = 0;
+            for (size_t c = 0; c < C; c++) {
+                sum += dout[c] * w[c] * x[c];
+            }
+            const float rstd = r.get<float>(RSTD)[row], back = rstd * rstd * sum / float(C);
+            for (size_t c = 0; c < C; c++) {
+                dx[c] += rstd * (dout[c] * w[c] - x[c] * back);
+            }
+        }
+    });
+}
+
 int main(int argc, char** argv) {
     Op op = {"rmsnorm_backward", "gradient of the norm's input, added"};
     op.shapes = {{{"N", 8192}, {"C", 4096}}, {{"N", 8192}, {"C", 2048}}, {{"N", 8192}, {"C", 16384}}};
+    op.cpu_shapes = {{{"N", 512}, {"C", 2048}}, {{"N", 512}, {"C", 4096}}};
     op.awkward = {{{"N", 1}, {"C", 48}}, {{"N", 33}, {"C", 101}}, {{"N", 70}, {"C", 576}}, {{"N", 3}, {"C", 2504}}};
     op.arrays = arrays;
     op.evaluate = evaluate;
@@ -116,7 +135,8 @@ int main(int argc, char** argv) {
         gpu_version(1, "a thread a row", version1<bf16>, version1<float>),
         gpu_version(2, "a warp a row, read twice", version2<bf16>, version2<float>),
         gpu_production(3, "16 bytes a thread, kept in registers", production<Gpu<bf16>>, production<Gpu<float>>),
-        cpu_production(1, "row kernels of the instruction tier", production<Cpu<float>>),
+        cpu_version(1, "plain loops", on_cpu1),
+        cpu_production(2, "row kernels of the instruction tier", production<Cpu<float>>),
     };
     return harness(op, argc, argv);
 }

@@ -3,7 +3,9 @@
 //   1  a thread a row: accesses of a warp lie a row apart
 //   2  a warp a row, an element a lane, rstd and row in one kernel
 //   3* kernels/rmsnorm.cuh: rstd and row in two kernels, 16 bytes a thread, several pieces in flight
-//   c1* kernels/cpu/elementwise.h
+//   c1  plain loops, a row at a time
+//   c2  row kernels, rstd and the row while it is in the cache
+//   c3* kernels/cpu/elementwise.h: rstd of all rows, then the rows (which packing makes, see linear.h)
 #include "dev/harness.h"
 #include "kernels/cpu/elementwise.h"
 #include "kernels/rmsnorm.cuh"
@@ -110,8 +112,39 @@ static void production(Gpu<X>& dev, Run& r) {
                     r["N"], int(r["C"]));
 }
 
+static void on_cpu1(Cpu<float>& dev, Run& r) {
+    const size_t C = r["C"];
+    parallel_ranges(dev.threads, r["N"], 1, [&](size_t begin, size_t end, int) {
+        for (size_t row = begin; row < end; row++) {
+            const float *x = r.get<float>(X_IN) + row * C, *w = r.get<float>(W);
+            float sum = 0;
+            for (size_t c = 0; c < C; c++) {
+                sum += x[c] * x[c];
+            }
+            const float rstd = 1 / std::sqrt(sum / float(C) + float(EPS));
+            r.get<float>(RSTD)[row] = rstd;
+            for (size_t c = 0; c < C; c++) {
+                r.get<float>(OUT)[row * (C + ROOM) + c] = x[c] * rstd * w[c];
+            }
+        }
+    });
+}
+
+static void on_cpu2(Cpu<float>& dev, Run& r) {
+    const size_t C = r["C"];
+    const RowKernels<float>& kernels = row_kernels(dev);
+    parallel_ranges(dev.threads, r["N"], rows_grain(C), [&](size_t begin, size_t end, int) {
+        for (size_t row = begin; row < end; row++) {
+            const float* x = r.get<float>(X_IN) + row * C;
+            const float rstd = float(1 / std::sqrt(double(kernels.dot(x, x, C)) / double(C) + EPS));
+            r.get<float>(RSTD)[row] = rstd;
+            kernels.norm_mul(r.get<float>(OUT) + row * (C + ROOM), x, rstd, r.get<float>(W), C);
+        }
+    });
+}
+
 // Row by row: the CPU's op knows no stride of out.
-static void on_cpu(Cpu<float>& dev, Run& r) {
+static void on_cpu3(Cpu<float>& dev, Run& r) {
     const size_t C = r["C"];
     rmsnorm_rstd(dev, r.get<float>(RSTD), r.get<float>(X_IN), r["N"], int(C), EPS);
     parallel_ranges(dev.threads, r["N"], rows_grain(C), [&](size_t begin, size_t end, int) {
@@ -125,6 +158,7 @@ static void on_cpu(Cpu<float>& dev, Run& r) {
 int main(int argc, char** argv) {
     Op op = {"rmsnorm_forward", "rstd and the normed row"};
     op.shapes = {{{"N", 8192}, {"C", 4096}}, {{"N", 8192}, {"C", 2048}}, {{"N", 8192}, {"C", 16384}}};
+    op.cpu_shapes = {{{"N", 512}, {"C", 2048}}, {{"N", 512}, {"C", 4096}}};
     op.awkward = {{{"N", 1}, {"C", 48}}, {{"N", 33}, {"C", 101}}, {{"N", 70}, {"C", 576}}, {{"N", 3}, {"C", 2504}}};
     op.arrays = arrays;
     op.evaluate = evaluate;
@@ -133,7 +167,9 @@ int main(int argc, char** argv) {
         gpu_version(1, "a thread a row", version1<bf16>, version1<float>),
         gpu_version(2, "a warp a row, one kernel", version2<bf16>, version2<float>),
         gpu_production(3, "16 bytes a thread, two kernels", production<bf16>, production<float>),
-        cpu_production(1, "row kernels of the instruction tier", on_cpu),
+        cpu_version(1, "plain loops", on_cpu1),
+        cpu_version(2, "row kernels, one walk", on_cpu2),
+        cpu_production(3, "row kernels of the instruction tier", on_cpu3),
     };
     return harness(op, argc, argv);
 }

@@ -3,7 +3,8 @@
 //   1  a thread a pair of one head, a block a row: cosines and sines are read again by every head
 //   2  a thread a pair of all heads: cosine and sine are read once and stay in registers
 //   3* kernels/rope.cuh: 16 bytes a thread, several pieces in flight
-//   c1* kernels/cpu/elementwise.h
+//   c1  plain loops
+//   c2* kernels/cpu/elementwise.h
 #include "dev/harness.h"
 #include "kernels/cpu/elementwise.h"
 #include "kernels/rope.cuh"
@@ -113,11 +114,33 @@ static void production(Dev& dev, Run& r) {
     rope_forward(dev, r.get<typename Dev::floatX>(QKV), row_width(r.shape) + ROOM, rope_of(r), r["N"]);
 }
 
+static void on_cpu1(Cpu<float>& dev, Run& r) {
+    const Rope<float> rope = rope_of(r);
+    const size_t half = r["HS"] / 2, stride = row_width(r.shape) + ROOM;
+    parallel_ranges(dev.threads, r["N"], 1, [&](size_t begin, size_t end, int) {
+        for (size_t row = begin; row < end; row++) {
+            for (int head = 0; head < rope.heads; head++) {
+                float* x = r.get<float>(QKV) + row * stride + size_t(head) * 2 * half;
+                for (size_t i = 0; i < half; i++) {
+                    const size_t at = size_t(rope.positions[row]) * half + i;
+                    const float a = x[i], b = x[half + i];
+                    x[i] = a * rope.cos[at] - b * rope.sin[at];
+                    x[half + i] = b * rope.cos[at] + a * rope.sin[at];
+                }
+            }
+        }
+    });
+}
+
 int main(int argc, char** argv) {
     Op op = {"rope", "rotation of q and k in place"};
     op.shapes = {{{"N", 8192}, {"NH", 32}, {"NKV", 8}, {"HS", 128}}, {{"N", 8192}, {"NH", 32}, {"NKV", 8}, {"HS", 64}}};
-    op.awkward = {{{"N", 1}, {"NH", 1}, {"NKV", 1}, {"HS", 64}}, {{"N", 33}, {"NH", 9}, {"NKV", 3}, {"HS", 64}},
-                  {{"N", 70}, {"NH", 3}, {"NKV", 1}, {"HS", 10}}, {{"N", 5}, {"NH", 4}, {"NKV", 2}, {"HS", 128}}};
+    op.cpu_shapes = {{{"N", 512}, {"NH", 32}, {"NKV", 8}, {"HS", 64}},
+                     {{"N", 512}, {"NH", 32}, {"NKV", 8}, {"HS", 128}}};
+    op.awkward = {{{"N", 1}, {"NH", 1}, {"NKV", 1}, {"HS", 64}},
+                  {{"N", 33}, {"NH", 9}, {"NKV", 3}, {"HS", 64}},
+                  {{"N", 70}, {"NH", 3}, {"NKV", 1}, {"HS", 10}},
+                  {{"N", 5}, {"NH", 4}, {"NKV", 2}, {"HS", 128}}};
     op.arrays = arrays;
     op.evaluate = evaluate;
     op.cost = cost;
@@ -125,7 +148,8 @@ int main(int argc, char** argv) {
         gpu_version(1, "a thread a pair, a block a row", version1<bf16>, version1<float>),
         gpu_version(2, "a thread a pair of all heads", version2<bf16>, version2<float>),
         gpu_production(3, "16 bytes a thread, pieces in flight", production<Gpu<bf16>>, production<Gpu<float>>),
-        cpu_production(1, "row kernels of the instruction tier", production<Cpu<float>>),
+        cpu_version(1, "plain loops", on_cpu1),
+        cpu_production(2, "row kernels of the instruction tier", production<Cpu<float>>),
     };
     return harness(op, argc, argv);
 }

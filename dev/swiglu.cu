@@ -3,7 +3,9 @@
 //   1  a thread an element, the row and column by division
 //   2  a block a row, an element a thread at a time
 //   3* kernels/swiglu.cuh: 16 bytes a thread, two pieces of each operand in flight
-//   c1* kernels/cpu/elementwise.h
+//   c1  plain loops, exp of the C library
+//   c2  plain loops, exp of the row kernels in pieces that stay in the cache
+//   c3* kernels/cpu/elementwise.h
 #include "dev/harness.h"
 #include "kernels/cpu/elementwise.h"
 #include "kernels/swiglu.cuh"
@@ -90,7 +92,38 @@ static void production(Gpu<X>& dev, Run& r) {
     swiglu_backward(dev, r.get<X>(DGATE_UP), 2 * r["F"], r.get<X>(DOUT), r.get<X>(GATE_UP), r["N"], int(r["F"]));
 }
 
-static void on_cpu(Cpu<float>& dev, Run& r) {
+// One element, e = exp(-gate).
+static void swiglu_plain(float* out, float* dgate, float* dup, float g, float u, float d, float e) {
+    const float s = 1 / (1 + e);
+    *out = g * s * u;
+    *dgate = d * u * s * (1 + g * (1 - s));
+    *dup = d * g * s;
+}
+
+template <bool VECTOR_EXP>
+static void on_cpu_plain(Cpu<float>& dev, Run& r) {
+    const size_t F = r["F"], PIECE = 512;
+    parallel_ranges(dev.threads, r["N"], 1, [&](size_t begin, size_t end, int) {
+        float e[PIECE];
+        for (size_t i = begin * F; i < end * F;) {
+            const size_t at = i / F * 2 * F + i % F, n = std::min(PIECE, F - i % F);
+            const float* gate = r.get<float>(GATE_UP) + at;
+            for (size_t j = 0; j < n; j++) {
+                e[j] = VECTOR_EXP ? -gate[j] : std::exp(-gate[j]);
+            }
+            if (VECTOR_EXP) {
+                row_kernels(dev).exp(e, e, n);
+            }
+            float* dgate = r.get<float>(DGATE_UP) + at;
+            for (size_t j = 0; j < n; j++, i++) {
+                swiglu_plain(r.get<float>(OUT) + i, dgate + j, dgate + F + j, gate[j], gate[F + j],
+                             r.get<float>(DOUT)[i], e[j]);
+            }
+        }
+    });
+}
+
+static void on_cpu3(Cpu<float>& dev, Run& r) {
     swiglu_forward(dev, r.get<float>(OUT), r.get<float>(GATE_UP), r["N"], int(r["F"]));
     swiglu_backward(dev, r.get<float>(DGATE_UP), 2 * r["F"], r.get<float>(DOUT), r.get<float>(GATE_UP), r["N"],
                     int(r["F"]));
@@ -99,6 +132,7 @@ static void on_cpu(Cpu<float>& dev, Run& r) {
 int main(int argc, char** argv) {
     Op op = {"swiglu", "forward and backward"};
     op.shapes = {{{"N", 8192}, {"F", 14336}}, {{"N", 8192}, {"F", 8192}}};
+    op.cpu_shapes = {{{"N", 512}, {"F", 8192}}, {{"N", 512}, {"F", 2048}}};
     op.awkward = {{{"N", 1}, {"F", 48}}, {{"N", 33}, {"F", 101}}, {{"N", 70}, {"F", 576}}, {{"N", 2}, {"F", 2504}}};
     op.arrays = arrays;
     op.evaluate = evaluate;
@@ -107,7 +141,9 @@ int main(int argc, char** argv) {
         gpu_version(1, "a thread an element", version1<bf16>, version1<float>),
         gpu_version(2, "a block a row", version2<bf16>, version2<float>),
         gpu_production(3, "16 bytes a thread, two kernels", production<bf16>, production<float>),
-        cpu_production(1, "row kernels of the instruction tier", on_cpu),
+        cpu_version(1, "plain loops, exp of the C library", on_cpu_plain<false>),
+        cpu_version(2, "plain loops, exp of the row kernels", on_cpu_plain<true>),
+        cpu_production(3, "row kernels of the instruction tier", on_cpu3),
     };
     return harness(op, argc, argv);
 }

@@ -31,6 +31,8 @@ struct Cpu {
 
     int threads = 1;
     const CpuIsa* isa = nullptr;  // leaf kernels of the chosen tier
+    const GemmFormat<float>* base = nullptr;     // arithmetic of the frozen matrices
+    const GemmFormat<float>* adapter = nullptr;  // of the adapters' own products
     char* workspace = nullptr;
     size_t workspace_bytes = 0;
     const Comm* comm = nullptr;  // the ranks of this training; nullptr: this process alone
@@ -44,6 +46,11 @@ template <class X>
 void device_open(Cpu<X>& dev, int threads);
 template <class X>
 void device_close(Cpu<X>& dev);
+// Chooses the arithmetic of frozen matrices: fp32, int16, bf16, or auto: the fastest of the tier that errs no more than
+// bf16 does. False, and nothing changed, when tier and device have no such arithmetic: bf16 belongs to Cpu<bf16>, the
+// others to Cpu<float>; Cpu<double> has its own and takes auto alone. Cpu<float> opens with fp32.
+template <class X>
+bool device_math(Cpu<X>& dev, const char* math);
 // 64-byte aligned, not initialised (config=debug fills with NaN). Ends the program with a message when there is none.
 template <class X>
 void* device_alloc(Cpu<X>& dev, size_t bytes, const char* what);

@@ -307,8 +307,8 @@ piece_steps() {
 
 # compare SHAPE QUANT [--checkpointing]
 compare() {
-    logged "compare-$1-$2${3:+-full}" 150 python3 scripts/bench_step.py --program "$work/train_llama" --device cuda \
-        --rounds 2 --steps 5 --floor 0 --shape "$1" --quant "$2" -b 4 -t "$document" "${@:3}"
+    logged "compare-$1-$2${3:+-full}" 150 python3 scripts/bench_peers.py --program "$work/train_llama" --device cuda \
+        --rounds 2 --steps 5 -m "shape:$1" --quant "$2" -b 4 -t "$document" "${@:3}"
 }
 
 piece_compare() {

@@ -31,7 +31,7 @@ from transformers.models.llama import modeling_llama
 
 try:
     import bitsandbytes as bnb
-except ImportError:  # bench_step.py does without on a machine that lacks it; the comparisons need it
+except ImportError:  # peft_step.py does without on a machine that lacks it; the comparisons need it
     bnb = None
 
 ALL_LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

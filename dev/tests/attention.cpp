@@ -2,6 +2,7 @@
 #include "kernels/cpu/attention.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "dev/tests/ops.h"
 
@@ -35,9 +36,10 @@ struct Result {
     double score_term = 0, gradient_term = 0;  // greatest sum of magnitudes behind a score and behind dS K
 };
 
-// The formula, row by row, in T alone.
+// The formula, row by row, in T alone. D = rowsum(dO O) is of the output given, or of the exact one.
 template <class T>
-Result<T> plain_attention(const Shape& shape, const std::vector<T>& qkv, const std::vector<T>& dout) {
+Result<T> plain_attention(const Shape& shape, const std::vector<T>& qkv, const std::vector<T>& dout,
+                          const std::vector<T>& out = {}) {
     const Starts s = starts_of(shape.lengths);
     const size_t N = s.N(), HS = size_t(shape.HS), NH = size_t(shape.NH), NKV = size_t(shape.NKV);
     const size_t wide = NH * HS, QKV = (NH + 2 * NKV) * HS;
@@ -78,6 +80,9 @@ Result<T> plain_attention(const Shape& shape, const std::vector<T>& qkv, const s
                         o[c] += p[j] * qkv[(first + j) * QKV + (NH + NKV + kv) * HS + c];
                     }
                 }
+                for (size_t c = 0; c < HS && !out.empty(); c++) {
+                    D = (c == 0 ? 0 : D) + dO[c] * out[row * wide + h * HS + c];
+                }
                 for (size_t j = 0; j < n; j++) {
                     const T* k = &qkv[(first + j) * QKV + (NH + kv) * HS];
                     T *dk = &r.dqkv[(first + j) * QKV + (NH + kv) * HS], *dv = dk + NKV * HS;
@@ -94,6 +99,27 @@ Result<T> plain_attention(const Shape& shape, const std::vector<T>& qkv, const s
     return r;
 }
 
+inline bool is_nan(double x) {
+    return std::isnan(x);
+}
+inline bool is_nan(bf16 x) {
+    return std::isnan(to_float(x));
+}
+inline double widened(double x) {
+    return x;
+}
+inline double widened(bf16 x) {
+    return double(to_float(x));
+}
+template <class T, class X>
+std::vector<T> values_of(const std::vector<X>& x) {
+    std::vector<T> out(x.size());
+    for (size_t i = 0; i < x.size(); i++) {
+        out[i] = T(widened(x[i]));
+    }
+    return out;
+}
+
 // The first `width` of each row; the rest of a row must still be the poison.
 template <class X>
 std::vector<X> rows_of(const Guarded<X>& buffer, size_t N, size_t width, size_t stride) {
@@ -102,7 +128,7 @@ std::vector<X> rows_of(const Guarded<X>& buffer, size_t N, size_t width, size_t 
         if (i % stride < width) {
             rows.push_back(buffer[i]);
         } else {
-            CHECK(std::isnan(buffer[i]), "element %zu between the rows was written", i);
+            CHECK(is_nan(buffer[i]), "element %zu between the rows was written", i);
         }
     }
     return rows;
@@ -110,13 +136,16 @@ std::vector<X> rows_of(const Guarded<X>& buffer, size_t N, size_t width, size_t 
 
 // The ops, into poisoned and fenced buffers whose rows stand apart.
 template <class X>
-Result<X> device_attention(Cpu<X>& dev, const Shape& shape, const std::vector<X>& qkv, const std::vector<X>& dout) {
+Result<typename Cpu<X>::real> device_attention(Cpu<X>& dev, const Shape& shape, const std::vector<X>& qkv,
+                                               const std::vector<X>& dout) {
+    using Real = typename Cpu<X>::real;
     const Starts s = starts_of(shape.lengths);
     const size_t N = s.N(), HS = size_t(shape.HS), NH = size_t(shape.NH);
     device_reserve(dev, attention_workspace(dev, N, s.longest, shape.NH, shape.NKV, shape.HS));
     memset(dev.workspace, 0xff, dev.workspace_bytes);  // NaN: what is read must have been written
     const size_t wide = NH * HS, stride = wide + 3, QKV = qkv.size() / N, dstride = QKV + 5;
-    Guarded<X> out(N * stride), lse(NH * N), dqkv(N * dstride);
+    Guarded<X> out(N * stride), dqkv(N * dstride);
+    Guarded<Real> lse(NH * N);
     std::vector<int32_t> memory(Cpu<X>::document_ints(N));
     const Documents docs = documents_place(dev, memory.data(), s.at.data(), s.documents(), shape.HS);
     attention_forward(dev, out.data(), stride, lse.data(), qkv.data(), docs, N, shape.NH, shape.NKV, shape.HS);
@@ -125,8 +154,39 @@ Result<X> device_attention(Cpu<X>& dev, const Shape& shape, const std::vector<X>
     CHECK_FENCES(out);
     CHECK_FENCES(lse);
     CHECK_FENCES(dqkv);
-    return {rows_of(out, N, wide, stride), std::vector<X>(lse.data(), lse.data() + lse.n),
-            rows_of(dqkv, N, QKV, dstride), 0, 0};
+    return {values_of<Real>(rows_of(out, N, wide, stride)), std::vector<Real>(lse.data(), lse.data() + lse.n),
+            values_of<Real>(rows_of(dqkv, N, QKV, dstride)), 0, 0};
+}
+
+// fn(dev) with each tier and each type of activations.
+template <class Fn>
+void for_each_storage(const Fn& fn) {
+    for_each_tier([&](Cpu<float>& dev) {
+        fn(dev);
+        Cpu<bf16> narrow;
+        device_open(narrow, 2);
+        narrow.isa = dev.isa;
+        fn(narrow);
+        device_close(narrow);
+    });
+}
+template <class X>
+std::string device_name(const Cpu<X>& dev) {
+    return std::string(dev.isa->name) + (sizeof(X) == sizeof(bf16) ? " bf16" : "");
+}
+inline void value_set(float& x, float value) {
+    x = value;
+}
+inline void value_set(bf16& x, float value) {
+    x = to_bf16(value);
+}
+template <class X>
+std::vector<X> stored(const std::vector<float>& x) {
+    std::vector<X> out(x.size());
+    for (size_t i = 0; i < x.size(); i++) {
+        value_set(out[i], x[i]);
+    }
+    return out;
 }
 
 std::string name_of(const Shape& shape) {
@@ -148,7 +208,7 @@ void inputs_of(const Shape& shape, double size, std::vector<T>* qkv, std::vector
 const std::vector<Shape> shapes = {
     {1, 1, 2, {1}},           {9, 3, 6, {33}},       {9, 3, 32, {1, 2, 63, 64, 65, 130}},
     {4, 2, 64, {130, 1, 97}}, {2, 1, 80, {65, 96}},  {3, 3, 128, {64, 2, 193}},
-    {2, 1, 256, {70}},        {1, 1, 18, {1, 1, 1}},
+    {2, 1, 256, {70}},        {1, 1, 18, {1, 1, 1}}, {4, 2, 16, {7, 129, 400}},
 };
 
 }  // namespace
@@ -219,54 +279,186 @@ static void attention_tiers() {
     }
 }
 
+// What the greatest error exceeds a rounding to bf16 by: half a unit in the last of 8 places, 2^-8 of the value.
+static double error_beyond_rounding(const std::vector<float>& got, const std::vector<double>& want) {
+    double worst = 0;
+    for (size_t i = 0; i < want.size(); i++) {
+        const double e = std::fabs(double(got[i]) - want[i]) - std::fabs(want[i]) / 256;
+        worst = e > worst || std::isnan(e) ? e : worst;
+        if (std::isnan(worst)) {
+            break;
+        }
+    }
+    return worst;
+}
+
+// Activations in bf16: the arithmetic is that of floats on what is stored, and a result is rounded once. D belongs to
+// the rounded output, which is what backward is given.
+static void attention_bf16() {
+    const std::vector<Shape> own = {{4, 2, 16, {1, 7, 63, 64, 65, 130}},
+                                    {6, 2, 64, {130, 1, 7, 65}},
+                                    {2, 1, 80, {63, 96, 2}},
+                                    {3, 3, 128, {64, 1, 193}},
+                                    {9, 3, 6, {33}},
+                                    {2, 1, 18, {1, 1}}};
+    for (const Shape& shape : own) {
+        for (double size : {1.0, 6.0}) {
+            std::vector<float> qkv, dout;
+            inputs_of(shape, size, &qkv, &dout);
+            const std::vector<bf16> qkv_bf16 = stored<bf16>(qkv), dout_bf16 = stored<bf16>(dout);
+            const auto reals = values_of<double>(qkv_bf16), dreals = values_of<double>(dout_bf16);
+            const auto floats = values_of<float>(qkv_bf16), dfloats = values_of<float>(dout_bf16);
+            for_each_tier([&](Cpu<float>& tier) {
+                Cpu<bf16> dev;
+                device_open(dev, 2);
+                dev.isa = tier.isa;
+                const Result<float> got = device_attention(dev, shape, qkv_bf16, dout_bf16);
+                const Result<double> want = plain_attention(shape, reals, dreals, values_of<double>(got.out));
+                const Result<float> plain = plain_attention(shape, floats, dfloats, got.out);
+                const std::string name = device_name(dev) + ", " + name_of(shape);
+                // 4 roundings of the sums behind a score, and behind dS K, where a plain evaluation has no error.
+                const double lse_floor = 4 * 6e-8 * want.score_term, dqkv_floor = 4 * 6e-8 * want.gradient_term;
+                CHECK_ERROR(name + ": out", error_beyond_rounding(got.out, want.out), float_bound(plain.out, want.out));
+                CHECK_ERROR(name + ": lse", greatest_error(got.lse.data(), want.lse.data(), want.lse.size()),
+                            std::max(lse_floor, float_bound(plain.lse, want.lse)));
+                CHECK_ERROR(name + ": dqkv", error_beyond_rounding(got.dqkv, want.dqkv),
+                            std::max(dqkv_floor, float_bound(plain.dqkv, want.dqkv)));
+                device_close(dev);
+            });
+        }
+    }
+}
+
 // A document alone has the bits it has among others.
 static void attention_packed() {
     const Shape shape = {9, 3, 32, {1, 2, 63, 64, 65, 130, 300}};
-    std::vector<float> qkv, dout;
-    inputs_of(shape, 2, &qkv, &dout);
+    std::vector<float> qkv_float, dout_float;
+    inputs_of(shape, 2, &qkv_float, &dout_float);
     const Starts s = starts_of(shape.lengths);
-    const size_t N = s.N(), QKV = qkv.size() / N, wide = dout.size() / N;
-    for_each_tier([&](Cpu<float>& dev) {
+    const size_t N = s.N(), QKV = qkv_float.size() / N, wide = dout_float.size() / N;
+    for_each_storage([&](auto& dev) {
+        using X = typename std::decay_t<decltype(dev)>::floatX;
+        const std::vector<X> qkv = stored<X>(qkv_float), dout = stored<X>(dout_float);
         const Result<float> together = device_attention(dev, shape, qkv, dout);
         for (int d = 0; d < s.documents(); d++) {
             const size_t first = size_t(s.at[size_t(d)]), n = size_t(s.at[size_t(d) + 1]) - first;
             const Shape alone_shape = {shape.NH, shape.NKV, shape.HS, {int(n)}};
-            const std::vector<float> own(qkv.begin() + long(first * QKV), qkv.begin() + long((first + n) * QKV));
-            const std::vector<float> own_dout(dout.begin() + long(first * wide),
-                                              dout.begin() + long((first + n) * wide));
+            const std::vector<X> own(qkv.begin() + long(first * QKV), qkv.begin() + long((first + n) * QKV));
+            const std::vector<X> own_dout(dout.begin() + long(first * wide), dout.begin() + long((first + n) * wide));
             const Result<float> alone = device_attention(dev, alone_shape, own, own_dout);
             bool lse = true;
             for (size_t h = 0; h < size_t(shape.NH); h++) {
                 lse = lse && same_bits(&alone.lse[h * n], &together.lse[h * N + first], n);
             }
+            const std::string name = device_name(dev);
             CHECK(same_bits(alone.out.data(), &together.out[first * wide], n * wide), "%s: out of document of %zu",
-                  dev.isa->name, n);
-            CHECK(lse, "%s: lse of document of %zu", dev.isa->name, n);
+                  name.c_str(), n);
+            CHECK(lse, "%s: lse of document of %zu", name.c_str(), n);
             CHECK(same_bits(alone.dqkv.data(), &together.dqkv[first * QKV], n * QKV), "%s: dqkv of document of %zu",
-                  dev.isa->name, n);
+                  name.c_str(), n);
         }
     });
 }
 
-// One document and one kv head on several threads is cut into pieces; one thread takes it whole.
+// One document and one kv head on several threads is cut into pieces, of fewer blocks the more threads there are; one
+// thread takes it whole.
 static void attention_threads() {
-    for (const Shape& shape : {Shape{2, 1, 64, {700}}, Shape{6, 3, 16, {530, 20, 300}}}) {
-        std::vector<float> qkv, dout;
-        inputs_of(shape, 2, &qkv, &dout);
-        for_each_tier([&](Cpu<float>& dev) {
+    for (const Shape& shape : {Shape{2, 1, 64, {700}}, Shape{6, 3, 16, {330, 20, 200}}}) {
+        std::vector<float> qkv_float, dout_float;
+        inputs_of(shape, 2, &qkv_float, &dout_float);
+        for_each_storage([&](auto& dev) {
+            using X = typename std::decay_t<decltype(dev)>::floatX;
+            const std::vector<X> qkv = stored<X>(qkv_float), dout = stored<X>(dout_float);
+            const std::string name = device_name(dev);
             dev.threads = 1;
             const Result<float> one = device_attention(dev, shape, qkv, dout);
-            for (int threads : {2, 3, 7}) {
+            for (int threads : {2, 3, 7, 64}) {
                 dev.threads = threads;
                 const Result<float> many = device_attention(dev, shape, qkv, dout);
-                CHECK(same_bits(one.out.data(), many.out.data(), one.out.size()), "%s: out, %d threads", dev.isa->name,
+                CHECK(same_bits(one.out.data(), many.out.data(), one.out.size()), "%s: out, %d threads", name.c_str(),
                       threads);
-                CHECK(same_bits(one.lse.data(), many.lse.data(), one.lse.size()), "%s: lse, %d threads", dev.isa->name,
+                CHECK(same_bits(one.lse.data(), many.lse.data(), one.lse.size()), "%s: lse, %d threads", name.c_str(),
                       threads);
                 CHECK(same_bits(one.dqkv.data(), many.dqkv.data(), one.dqkv.size()), "%s: dqkv, %d threads",
-                      dev.isa->name, threads);
+                      name.c_str(), threads);
             }
         });
+    }
+}
+
+// The plan, executed by threads that take the next task when they are free. Work is counted in blocks of scores times
+// products; packing a block of keys is about a fortieth of a product.
+struct Shares {
+    double greatest, mean, whole;  // of a thread; whole: the work if nothing were cut, over the threads
+    std::vector<int> dq, dkv;      // how often each (head, block) is given a gradient, or an output
+};
+
+static Shares shares_of(int threads, const std::vector<int>& lengths, int NKV, bool backward) {
+    const Starts s = starts_of(lengths);
+    const AttentionPlan plan = attention_plan(threads, s.at.data(), s.documents(), NKV, backward);
+    const size_t blocks = s.N() / ATTENTION_BLOCK + lengths.size() + 1;
+    Shares r = {0, 0, 0, std::vector<int>(blocks * size_t(NKV)), std::vector<int>(blocks * size_t(NKV))};
+    std::vector<double> busy(static_cast<size_t>(threads));
+    for (size_t index = 0; index < plan.tasks; index++) {
+        const AttentionTask t = attention_task(plan, index, s.at.data(), NKV, backward);
+        double& thread = *std::min_element(busy.begin(), busy.end());
+        size_t before = 0;  // blocks of the documents before, one more each for what is left over
+        for (size_t d = 0; size_t(s.at[d]) < t.first; d++) {
+            before += size_t(lengths[d]) / ATTENTION_BLOCK + 1;
+        }
+        double products = !backward ? 2 : t.dq && t.dkv ? 5 : t.dq ? 3 : 4, work = 0;
+        for (size_t i = t.i0; i < t.i1; i++) {
+            for (size_t j = t.j0; j < t.j1 && j <= i; j++) {
+                work += i == j ? 0.5 : 1;
+            }
+            r.dq[(before + i) * size_t(NKV) + size_t(t.kv)] += t.dq || !backward;
+        }
+        for (size_t j = t.j0; j < t.j1; j++) {
+            r.dkv[(before + j) * size_t(NKV) + size_t(t.kv)] += t.dkv;
+        }
+        thread += products * work + double(std::min(t.j1, t.i1) - t.j0) / 40;
+    }
+    for (int length : lengths) {
+        const double n = double(length) / double(ATTENTION_BLOCK);
+        r.whole += n * n / 2 * NKV * (backward ? 5 : 2) / threads;
+    }
+    r.greatest = *std::max_element(busy.begin(), busy.end());
+    for (double work : busy) {
+        r.mean += work / threads;
+    }
+    return r;
+}
+
+static void attention_shares() {
+    struct Case {
+        int threads, NKV;
+        std::vector<int> lengths;
+        double even, cost;  // bounds of greatest / mean, and of greatest / the share of work that is not cut
+    };
+    const std::vector<Case> cases = {
+        {64, 8, {8192}, 1.3, 1.6},    {64, 4, {2048}, 1.3, 1.7},          {7, 4, {1024}, 1.3, 1.6},
+        {3, 4, {1024, 64}, 1.3, 1.6}, {16, 8, {64, 100, 4096}, 1.3, 1.6}, {64, 8, {4096, 4096, 30, 700}, 1.3, 1.6},
+        {2, 4, {512}, 1.01, 1.2},
+    };
+    for (const Case& c : cases) {
+        for (bool backward : {false, true}) {
+            const Shares s = shares_of(c.threads, c.lengths, c.NKV, backward);
+            const std::string name = std::to_string(c.threads) + " threads, " + std::to_string(c.lengths[0]) +
+                                     (backward ? " backward" : " forward");
+            CHECK(s.greatest <= c.even * s.mean, "%s: greatest share %.2f of the mean", name.c_str(),
+                  s.greatest / s.mean);
+            CHECK(s.greatest <= c.cost * s.whole, "%s: greatest share %.2f of the work", name.c_str(),
+                  s.greatest / s.whole);
+            size_t before = 0;
+            for (size_t d = 0; d < c.lengths.size(); d++) {
+                const size_t blocks = (size_t(c.lengths[d]) + ATTENTION_BLOCK - 1) / ATTENTION_BLOCK;
+                for (size_t i = before * size_t(c.NKV); i < (before + blocks) * size_t(c.NKV); i++) {
+                    CHECK(s.dq[i] == 1 && s.dkv[i] == (backward ? 1 : 0), "%s: block %zu is made %d and %d times",
+                          name.c_str(), i, s.dq[i], s.dkv[i]);
+                }
+                before += size_t(c.lengths[d]) / ATTENTION_BLOCK + 1;
+            }
+        }
     }
 }
 
@@ -291,7 +483,9 @@ static void attention_nan() {
 extern const Test attention_tests[] = {{"attention_double", attention_double},
                                        {"attention_differences", attention_differences},
                                        {"attention_tiers", attention_tiers},
+                                       {"attention_bf16", attention_bf16},
                                        {"attention_packed", attention_packed},
                                        {"attention_threads", attention_threads},
+                                       {"attention_shares", attention_shares},
                                        {"attention_nan", attention_nan},
                                        {nullptr, nullptr}};

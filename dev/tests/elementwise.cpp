@@ -1,4 +1,5 @@
-// Embedding, RMSNorm, RoPE, SwiGLU, and the row kernels below them: formulas, finite differences, tiers, alignment.
+// Embedding, RMSNorm, RoPE, SwiGLU, and the row kernels below them: formulas, finite differences, tiers, alignment; the
+// same on activations in bf16.
 #include "kernels/cpu/elementwise.h"
 
 #include <algorithm>
@@ -77,6 +78,59 @@ void check_against(const std::string& name, const Guarded<X>& got, const std::ve
     CHECK_ERROR(name, greatest_error(got.data(), want.data(), want.size()), bound);
 }
 
+// ---- activations in bf16 ----
+
+const int odd_widths[] = {1, 7, 33, 101, 576};
+
+// The bf16 device of a tier. It needs no workspace, so it is not opened.
+Cpu<bf16> bf16_device(const Cpu<float>& dev) {
+    Cpu<bf16> narrow;
+    narrow.isa = dev.isa;
+    narrow.threads = dev.threads;
+    return narrow;
+}
+
+// Random values that bf16 holds, so that the double they are compared with is of the same input.
+struct Stored {
+    std::vector<bf16> x;
+    std::vector<float> single;
+    std::vector<double> exact;
+    Stored(size_t n, uint64_t seed, double size = 1) : x(n), single(n), exact(n) {
+        const std::vector<float> random = random_values<float>(n, seed, size);
+        for (size_t i = 0; i < n; i++) {
+            x[i] = to_bf16(random[i]);
+            single[i] = to_float(x[i]);
+            exact[i] = double(single[i]);
+        }
+    }
+};
+
+// Half a unit in the last place of bf16 at |x|: 8 bits, the least exponent that of floats.
+double half_ulp(double x) {
+    int exponent = 0;
+    std::frexp(x, &exponent);
+    return std::ldexp(1.0, std::max(exponent, -125) - 9);
+}
+
+// bound: of the float before it is stored. Storing moves it by half a unit in the last place more.
+void check_stored(const std::string& name, const Guarded<bf16>& got, const std::vector<double>& want, double bound) {
+    CHECK(got.intact(), "%s: written outside", name.c_str());
+    for (size_t i = 0; i < want.size(); i++) {
+        const double e = std::fabs(double(to_float(got[i])) - want[i]);
+        const double most = bound + half_ulp(std::fabs(want[i]) + bound);
+        CHECK(e <= most, "%s: element %zu is %.9g, want %.9g: error %.3g > %.3g", name.c_str(), i,
+              double(to_float(got[i])), want[i], e, most);
+    }
+}
+
+void check_float(const std::string& name, const Guarded<float>& got, const std::vector<double>& want, double bound) {
+    check_against(name, got, want, bound);
+}
+
+bool is_nan(bf16 x) {
+    return std::isnan(to_float(x));
+}
+
 }  // namespace
 
 static void embedding_rows() {
@@ -106,6 +160,16 @@ static void embedding_rows() {
         embedding_forward(dev, b.data(), tokens.data(), narrow_matrix, tokens.size());
         check("F32", a, [&](size_t i) { return table[i]; });
         check("BF16", b, [&](size_t i) { return to_float(narrow[i]); });
+        Cpu<bf16> half = bf16_device(dev);
+        Guarded<bf16> d(tokens.size() * C), e(tokens.size() * C);
+        embedding_forward(half, d.data(), tokens.data(), wide_matrix, tokens.size());
+        embedding_forward(half, e.data(), tokens.data(), narrow_matrix, tokens.size());
+        for (const Guarded<bf16>* out : {&d, &e}) {
+            Guarded<float> widened(out->n);
+            row_kernels(half).widen(widened.data(), out->data(), out->n);
+            CHECK(out->intact(), "bf16: written outside");
+            check("to bf16", widened, [&](size_t i) { return to_float(narrow[i]); });
+        }
     });
     DoubleDevice dev(2);
     Guarded<double> out(tokens.size() * C);
@@ -363,7 +427,7 @@ static void exp_sweep() {
                 x.push_back(f);
                 if (x.size() == 100000 || bits + 97 > last) {
                     y.assign(x.size(), 0);
-                    dev.isa->rows.exp(y.data(), x.data(), x.size());
+                    row_kernels(dev).exp(y.data(), x.data(), x.size());
                     for (size_t i = 0; i < x.size(); i++) {
                         const double want = std::exp(double(x[i])), e = std::fabs(double(y[i]) - want);
                         if (want >= 1.1754943508222875e-38 && !(e / want <= worst)) {
@@ -383,7 +447,7 @@ static void exp_sweep() {
         const float infinity = std::numeric_limits<float>::infinity();
         const float x[] = {-infinity, -1e30f, -104, -103.98f, 0, -0.0f, 89, 1e30f, infinity, std::nanf("")};
         float y[10];
-        dev.isa->rows.exp(y, x, 10);
+        row_kernels(dev).exp(y, x, 10);
         CHECK(y[0] == 0 && y[1] == 0 && y[2] == 0 && y[3] == 0, "%s: not 0 far below: %g %g %g %g", dev.isa->name,
               double(y[0]), double(y[1]), double(y[2]), double(y[3]));
         CHECK(y[4] == 1 && y[5] == 1, "%s: exp(0) is %.9g, %.9g", dev.isa->name, double(y[4]), double(y[5]));
@@ -397,7 +461,7 @@ static void silu_ends() {
     for_each_tier([&](Cpu<float>& dev) {
         const float g[] = {0, -0.0f, -200, -89.5f, 200, 89.5f, std::nanf("")}, u[] = {2, 2, 2, 2, 2, 2, 2};
         float y[7];
-        dev.isa->rows.silu_mul(y, g, u, 7);
+        row_kernels(dev).silu_mul(y, g, u, 7);
         CHECK(y[0] == 0 && y[1] == 0 && y[2] == 0, "%s: %g %g %g", dev.isa->name, double(y[0]), double(y[1]),
               double(y[2]));
         CHECK_ERROR("-89.5", std::fabs(double(y[3])), 1e-36);  // the true value is -2.5e-37
@@ -412,7 +476,7 @@ static void rows_alignment() {
     const std::vector<float> a = random_values<float>(n, 1, 5), b = random_values<float>(n, 2, 5);
     const std::vector<float> c = random_values<float>(n, 3, 5);
     for_each_tier([&](Cpu<float>& dev) {
-        const CpuRows& rows = dev.isa->rows;
+        const RowKernels<float>& rows = row_kernels(dev);
         std::vector<float> first;
         for (size_t shift : {0, 1, 3, 8, 15}) {
             Guarded<float> x(n, shift), y(n, 15 - shift), z(n, shift), out(n, shift), two(n, shift);
@@ -483,10 +547,11 @@ static void rows_softmax() {
         for_each_tier([&](Cpu<float>& dev) {
             Guarded<float> row(n);
             std::copy(x.begin(), x.end(), row.data());
-            CHECK(dev.isa->rows.row_max(row.data(), n) == want_max, "%s: max of %zu", dev.isa->name, n);
-            CHECK_ERROR("sum", std::fabs(double(dev.isa->rows.exp_sum(row.data(), want_max, n)) - want_sum), sum_bound);
+            CHECK(row_kernels(dev).row_max(row.data(), n) == want_max, "%s: max of %zu", dev.isa->name, n);
+            const double sum = double(row_kernels(dev).exp_sum(row.data(), want_max, n));
+            CHECK_ERROR("sum", std::fabs(sum - want_sum), sum_bound);
             const float lse = want_max + std::log(float(want_sum));
-            dev.isa->rows.softmax_grad(row.data(), lse, 0.25f, n);
+            row_kernels(dev).softmax_grad(row.data(), lse, 0.25f, n);
             CHECK_FENCES(row);
             for (size_t i = 0; i < n; i++) {
                 const double want = std::exp(double(x[i]) - double(lse)) * 0.25;
@@ -495,6 +560,347 @@ static void rows_softmax() {
             }
         });
     }
+}
+
+// ---- activations in bf16 ----
+
+// Every 4,999th float: the nearer of the two neighbours in bf16, the even one between them; NaN stays NaN.
+static void bf16_rounding() {
+    std::vector<float> x = {std::nanf(""), -std::nanf("")};
+    for (uint32_t special : {0x7f800001u, 0xff800001u, 0x7fffffffu, 0xffffffffu, 0x7f7fffffu, 0x7f7f8000u, 0x7f7f7fffu,
+                             0x7f800000u, 0xff800000u, 0x3f808000u, 0x3f818000u, 0x3f807fffu, 0x3f808001u, 0x00008000u,
+                             0x00018000u, 0x80000001u, 0x00000000u, 0x80000000u}) {
+        float f;
+        memcpy(&f, &special, 4);
+        x.push_back(f);
+    }
+    for (uint64_t bits = 0; bits < uint64_t(1) << 32; bits += 4999) {
+        const uint32_t u = uint32_t(bits);
+        float f;
+        memcpy(&f, &u, 4);
+        x.push_back(f);
+    }
+    const auto value = [](uint32_t upper) {  // of a bf16; what lies beyond the greatest as if there were more exponents
+        const uint32_t u = upper << 16;
+        float f;
+        memcpy(&f, &u, 4);
+        return std::isinf(f) ? std::ldexp(std::signbit(f) ? -1.0 : 1.0, 128) : double(f);
+    };
+    for_each_tier([&](Cpu<float>& dev) {
+        const RowKernels<float, bf16>& rows = row_kernels(bf16_device(dev));
+        Guarded<bf16> out(x.size(), 1);
+        Guarded<float> back(x.size(), 3);
+        rows.narrow(out.data(), x.data(), x.size());
+        rows.widen(back.data(), out.data(), x.size());
+        CHECK_FENCES(out);
+        CHECK_FENCES(back);
+        for (size_t i = 0; i < x.size(); i++) {
+            uint32_t u, wide;
+            memcpy(&u, &x[i], 4);
+            memcpy(&wide, &back[i], 4);
+            uint32_t want = u >> 16;  // towards zero
+            if (std::isfinite(x[i])) {
+                const double exact = double(x[i]);
+                const double down = std::fabs(exact - value(want)), up = std::fabs(value(want + 1) - exact);
+                want += up < down || (up == down && want % 2 == 1) ? 1 : 0;
+            }
+            const bool right = std::isnan(x[i]) ? is_nan(out[i]) && out[i].bits >> 15 == u >> 31 : out[i].bits == want;
+            CHECK(right, "%s: %08x becomes %04x, want %04x", dev.isa->name, u, out[i].bits, want);
+            CHECK(wide == uint32_t(out[i].bits) << 16, "%s: %04x is widened to %08x", dev.isa->name, out[i].bits, wide);
+        }
+    });
+}
+
+static void bf16_rmsnorm() {
+    const double eps = 1e-5;
+    for (size_t N : row_counts) {
+        for (int C : odd_widths) {
+            const size_t n = N * size_t(C), wide = size_t(C) + 3;
+            const Stored x(n, 1, 3), dout(n, 2), before(n, 4);
+            const std::vector<float> wf = random_values<float>(size_t(C), 3);
+            const std::vector<double> w(wf.begin(), wf.end());
+            const std::vector<double> rstd = plain_rstd(x.exact, N, size_t(C), eps);
+            const std::vector<float> rstdf = plain_rstd(x.single, N, size_t(C), eps);
+            const std::vector<double> rstd_used(rstdf.begin(), rstdf.end());  // what the others are given
+            std::vector<double> y(n), dx = plain_norm_grad(dout.exact, x.exact, rstd_used, w, N, size_t(C));
+            std::vector<float> yf(n), dxf = plain_norm_grad(dout.single, x.single, rstdf, wf, N, size_t(C));
+            for (size_t i = 0; i < n; i++) {
+                y[i] = x.exact[i] * rstd_used[i / size_t(C)] * w[i % size_t(C)];
+                yf[i] = x.single[i] * rstdf[i / size_t(C)] * wf[i % size_t(C)];
+                dx[i] += before.exact[i];
+                dxf[i] += before.single[i];
+            }
+            for_each_tier([&](Cpu<float>& single) {
+                Cpu<bf16> dev = bf16_device(single);
+                const std::string name = dev.isa->name + (" " + std::to_string(N) + "x" + std::to_string(C));
+                Guarded<float> r(N, 1), packed(n, 1);
+                Guarded<bf16> out(n, 5), d(N * wide - 3, 7);
+                rmsnorm_rstd(dev, r.data(), x.x.data(), N, C, eps);
+                check_float(name + ": rstd", r, rstd, float_bound(rstdf, rstd));
+                rmsnorm_forward(dev, out.data(), x.x.data(), rstdf.data(), wf.data(), N, C);
+                check_stored(name + ": out", out, y, float_bound(yf, y));
+                for (size_t row = 0; row < N; row++) {
+                    row_kernels(dev).norm_mul_wide(packed.data() + row * size_t(C), x.x.data() + row * size_t(C),
+                                                   rstdf[row], wf.data(), size_t(C));
+                    std::copy_n(before.x.data() + row * size_t(C), C, d.data() + row * wide);
+                }
+                check_float(name + ": packed", packed, y, float_bound(yf, y));
+                rmsnorm_backward(dev, d.data(), wide, dout.x.data(), x.x.data(), rstdf.data(), wf.data(), N, C);
+                CHECK_FENCES(d);
+                Guarded<bf16> dense(n);
+                for (size_t i = 0; i < d.n; i++) {
+                    if (i % wide < size_t(C)) {
+                        dense[i / wide * size_t(C) + i % wide] = d[i];
+                    } else {
+                        CHECK(is_nan(d[i]), "%s: dx: written between the rows", name.c_str());
+                    }
+                }
+                check_stored(name + ": dx", dense, dx, float_bound(dxf, dx));
+            });
+        }
+    }
+}
+
+// Both directions, each from the same input.
+static void bf16_rope() {
+    for (int HS : {2, 14, 66, 80, 128, 202}) {
+        const int heads = 2, positions = 9;
+        const size_t N = 7, half = size_t(HS) / 2, stride = size_t(heads) * size_t(HS) + 5;
+        std::vector<float> cosines(positions * half), sines(positions * half);
+        for (size_t i = 0; i < cosines.size(); i++) {
+            cosines[i] = float(std::cos(double(i)));
+            sines[i] = float(std::sin(double(i)));
+        }
+        std::vector<int32_t> place(N);
+        for (size_t i = 0; i < N; i++) {
+            place[i] = int32_t((i * 7) % positions);
+        }
+        const Rope<float> rope = {cosines.data(), sines.data(), place.data(), heads, HS};
+        const Stored x(N * stride, 1);
+        for (bool inverse : {false, true}) {
+            std::vector<double> want = x.exact;
+            for (size_t i = 0; i < N * stride; i++) {
+                const size_t row = i / stride, c = i % stride, lane = c % size_t(HS), pair = lane % half;
+                if (c < size_t(heads) * size_t(HS)) {
+                    const size_t at = size_t(place[row]) * half + pair;
+                    const double sine = (lane < half ? -1 : 1) * (inverse ? -1 : 1) * double(sines[at]);
+                    want[i] = x.exact[i] * double(cosines[at]) + x.exact[lane < half ? i + half : i - half] * sine;
+                }
+            }
+            for_each_tier([&](Cpu<float>& single) {
+                Cpu<bf16> dev = bf16_device(single);
+                Guarded<bf16> q(N * stride, 3);
+                std::copy(x.x.begin(), x.x.end(), q.data());
+                inverse ? rope_backward(dev, q.data(), stride, rope, N) : rope_forward(dev, q.data(), stride, rope, N);
+                // two products and a sum, each rounded by at most 2^-24 of 1 or of sqrt 2
+                check_stored(dev.isa->name + (", head of " + std::to_string(HS)), q, want, 4 * 6e-8);
+            });
+        }
+    }
+}
+
+static void bf16_swiglu() {
+    for (size_t N : row_counts) {
+        for (int F : odd_widths) {
+            const size_t n = N * size_t(F), f = size_t(F);
+            const Stored in(2 * n, 1, 12), dout(n, 2);
+            std::vector<double> y(n), d = plain_swiglu_grad(dout.exact, in.exact, N, f);
+            std::vector<float> yf(n), df = plain_swiglu_grad(dout.single, in.single, N, f);
+            for (size_t i = 0; i < n; i++) {
+                const size_t at = i / f * 2 * f + i % f;
+                y[i] = plain_silu(in.exact[at]) * in.exact[at + f];
+                yf[i] = plain_silu(in.single[at]) * in.single[at + f];
+            }
+            for_each_tier([&](Cpu<float>& single) {
+                Cpu<bf16> dev = bf16_device(single);
+                const std::string name = dev.isa->name + (" " + std::to_string(N) + "x" + std::to_string(F));
+                Guarded<bf16> out(n, 1), back(2 * n, 3);
+                Guarded<float> packed(n, 5);
+                swiglu_forward(dev, out.data(), in.x.data(), N, F);
+                check_stored(name + ": out", out, y, float_bound(yf, y));
+                for (size_t row = 0; row < N; row++) {
+                    const bf16* gate = in.x.data() + row * 2 * f;
+                    row_kernels(dev).silu_mul_wide(packed.data() + row * f, gate, gate + f, f);
+                }
+                check_float(name + ": packed", packed, y, float_bound(yf, y));
+                swiglu_backward(dev, back.data(), 2 * f, dout.x.data(), in.x.data(), N, F);
+                check_stored(name + ": dgate_up", back, d, float_bound(df, d));
+            });
+        }
+    }
+}
+
+// A value that is not finite stays where it is and keeps what it is.
+static void bf16_not_finite() {
+    const float infinity = std::numeric_limits<float>::infinity();
+    for_each_tier([&](Cpu<float>& single) {
+        Cpu<bf16> dev = bf16_device(single);
+        const RowKernels<float, bf16>& rows = row_kernels(dev);
+        for (size_t n : {size_t(5), size_t(70)}) {
+            for (size_t at : {size_t(0), size_t(3), n - 1}) {
+                std::vector<bf16> x(n, to_bf16(0.5f)), y(n, to_bf16(2)), out(n), two(n);
+                const std::vector<float> w(n, 1), zero(n, 0);
+                const auto check = [&](const char* name, const std::vector<bf16>& got, bool all) {
+                    for (size_t i = 0; i < n; i++) {
+                        CHECK(is_nan(got[i]) == (all || i == at), "%s: %s: element %zu of %zu, NaN at %zu",
+                              dev.isa->name, name, i, n, at);
+                    }
+                };
+                x[at] = to_bf16(std::nanf(""));
+                rows.silu_mul(out.data(), x.data(), y.data(), n);
+                check("silu_mul", out, false);
+                rows.silu_mul_grad(out.data(), two.data(), y.data(), x.data(), y.data(), n);
+                check("dgate", out, false);
+                check("dup", two, false);
+                rows.norm_mul(out.data(), x.data(), 1, w.data(), n);
+                check("norm_mul", out, false);
+                CHECK(std::isnan(rows.dot(x.data(), y.data(), n)), "%s: dot loses NaN", dev.isa->name);
+                out = y;
+                rows.norm_grad(out.data(), y.data(), x.data(), 1, w.data(), n);  // through the mean
+                check("norm_grad", out, true);
+                out = x;
+                two = y;
+                rows.rotate(out.data(), two.data(), w.data(), w.data(), n, false);
+                check("rotate", out, false);
+                check("rotate, second half", two, false);
+                x[at] = to_bf16(-infinity);
+                rows.norm_mul(out.data(), x.data(), 1, w.data(), n);
+                CHECK(to_float(out[at]) == -infinity, "%s: -infinity becomes %g", dev.isa->name,
+                      double(to_float(out[at])));
+            }
+        }
+        const bf16 g[] = {to_bf16(0), to_bf16(-200), to_bf16(200), to_bf16(infinity)};
+        const bf16 u[] = {to_bf16(2), to_bf16(2), to_bf16(2), to_bf16(3e38f)};
+        bf16 y[4];
+        rows.silu_mul(y, g, u, 4);
+        CHECK(to_float(y[0]) == 0 && to_float(y[1]) == 0 && to_float(y[2]) == 400 && to_float(y[3]) == infinity,
+              "%s: %g %g %g %g", dev.isa->name, double(to_float(y[0])), double(to_float(y[1])),
+              double(to_float(y[2])), double(to_float(y[3])));
+    });
+}
+
+// What every elementwise kernel makes of n elements, in pieces of `piece`, from memory that is shifted.
+static std::vector<bf16> bf16_pieces(const RowKernels<float, bf16>& rows, size_t n, size_t piece, size_t shift) {
+    const Stored a(n, 1, 5), b(n, 2, 5), c(n, 3, 5);
+    const std::vector<float> w = random_values<float>(n, 4);
+    Guarded<bf16> x(n, shift), y(n, 15 - shift), z(n, shift), out(n, shift), two(n, 31 - shift);
+    Guarded<float> real(n, shift);
+    std::copy(a.x.begin(), a.x.end(), x.data());
+    std::copy(b.x.begin(), b.x.end(), y.data());
+    std::copy(c.x.begin(), c.x.end(), z.data());
+    std::vector<bf16> all;
+    const auto keep = [&](const Guarded<bf16>& g) {
+        CHECK_FENCES(g);
+        all.insert(all.end(), g.data(), g.data() + n);
+    };
+    const auto keep_real = [&] {
+        CHECK_FENCES(real);
+        const bf16* halves = reinterpret_cast<const bf16*>(real.data());
+        all.insert(all.end(), halves, halves + 2 * n);
+    };
+    const auto in_pieces = [&](const auto& fn) {
+        for (size_t i = 0; i < n; i += piece) {
+            fn(i, std::min(piece, n - i));
+        }
+    };
+    in_pieces([&](size_t i, size_t m) { rows.norm_mul(&out[i], &x[i], 0.37f, &w[i], m); });
+    keep(out);
+    in_pieces([&](size_t i, size_t m) { rows.norm_mul_wide(&real[i], &x[i], 0.37f, &w[i], m); });
+    keep_real();
+    in_pieces([&](size_t i, size_t m) { rows.narrow(&out[i], &real[i], m); });
+    keep(out);
+    in_pieces([&](size_t i, size_t m) { rows.widen(&real[i], &y[i], m); });
+    keep_real();
+    const size_t unfused = all.size();
+    in_pieces([&](size_t i, size_t m) { rows.silu_mul(&out[i], &x[i], &y[i], m); });
+    keep(out);
+    in_pieces([&](size_t i, size_t m) { rows.silu_mul_wide(&real[i], &x[i], &y[i], m); });
+    keep_real();
+    in_pieces([&](size_t i, size_t m) { rows.silu_mul_grad(&out[i], &two[i], &z[i], &x[i], &y[i], m); });
+    keep(out);
+    keep(two);
+    in_pieces([&](size_t i, size_t m) { rows.rotate(&x[i], &y[i], &w[i], &real[i], m, true); });
+    keep(x);
+    keep(y);
+    CHECK(unfused == 6 * n, "%zu", unfused);
+    return all;
+}
+
+// Any alignment and any cut give the same bits. So do avx2 and avx512, lane by lane the same operations; ref as well
+// where nothing is fused: in norm_mul, and where bf16 is widened and rounded. (Sums depend on the width of a vector.)
+static void bf16_same_bits() {
+    const size_t n = 203;
+    std::vector<bf16> of_tier[2];
+    for_each_tier([&](Cpu<float>& single) {
+        Cpu<bf16> dev = bf16_device(single);
+        const RowKernels<float, bf16>& rows = row_kernels(dev);
+        const std::vector<bf16> first = bf16_pieces(rows, n, n, 0);
+        for (size_t piece : {size_t(1), size_t(5), size_t(67), n}) {
+            for (size_t shift : {0, 1, 8, 15}) {
+                const std::vector<bf16> got = bf16_pieces(rows, n, piece, shift);
+                CHECK(same_bits(first.data(), got.data(), first.size()), "%s: pieces of %zu, shifted by %zu",
+                      dev.isa->name, piece, shift);
+            }
+        }
+        const Stored a(n, 1), b(n, 2), c(n, 3);
+        const std::vector<float> w = random_values<float>(n, 4);
+        std::vector<bf16> dx;
+        for (size_t shift : {0, 1, 8, 15}) {  // the two kernels with a sum
+            Guarded<bf16> x(n, shift), y(n, 15 - shift), d(n, shift);
+            std::copy(a.x.begin(), a.x.end(), x.data());
+            std::copy(b.x.begin(), b.x.end(), y.data());
+            std::copy(c.x.begin(), c.x.end(), d.data());
+            const float sum = rows.dot(x.data(), y.data(), n);
+            rows.norm_grad(d.data(), y.data(), x.data(), 0.37f, w.data(), n);
+            CHECK_FENCES(d);
+            std::vector<bf16> got(d.data(), d.data() + n);
+            got.resize(n + 2);
+            memcpy(&got[n], &sum, 4);
+            dx = dx.empty() ? got : dx;
+            CHECK(same_bits(dx.data(), got.data(), got.size()), "%s: sums, shifted by %zu", dev.isa->name, shift);
+        }
+        const bool fused = strcmp(dev.isa->name, "ref") != 0;
+        for (bool what : {false, true}) {
+            std::vector<bf16>& other = of_tier[what];
+            if (what && !fused) {
+                continue;
+            }
+            other = other.empty() ? first : other;
+            CHECK(same_bits(other.data(), first.data(), what ? first.size() : 6 * n),
+                  "%s: other bits than another tier's", dev.isa->name);
+        }
+    });
+}
+
+static void bf16_threads() {
+    const size_t N = 101;
+    const int C = 2048;
+    const Stored x(N * C, 1), dout(N * C, 2);
+    const std::vector<float> w = random_values<float>(C, 3);
+    std::vector<int32_t> place(N);
+    std::vector<float> cosines(C / 2, 0.6f), sines(C / 2, 0.8f);
+    const Rope<float> rope = {cosines.data(), sines.data(), place.data(), 1, C};
+    for_each_tier([&](Cpu<float>& single) {
+        Cpu<bf16> dev = bf16_device(single);
+        std::vector<bf16> first;
+        for (int threads : {1, 2, 3}) {
+            dev.threads = threads;
+            std::vector<float> rstd(N);
+            std::vector<bf16> norm(N * C), dx = dout.x, swiglu(N * C / 2), dgate_up(N * C), q = x.x;
+            rmsnorm_rstd(dev, rstd.data(), x.x.data(), N, C, 1e-5);
+            rmsnorm_forward(dev, norm.data(), x.x.data(), rstd.data(), w.data(), N, C);
+            rmsnorm_backward(dev, dx.data(), size_t(C), dout.x.data(), x.x.data(), rstd.data(), w.data(), N, C);
+            swiglu_forward(dev, swiglu.data(), x.x.data(), N, C / 2);
+            swiglu_backward(dev, dgate_up.data(), size_t(C), dout.x.data(), x.x.data(), N, C / 2);
+            rope_forward(dev, q.data(), size_t(C), rope, N);
+            for (const std::vector<bf16>* more : {&dx, &swiglu, &dgate_up, &q}) {
+                norm.insert(norm.end(), more->begin(), more->end());
+            }
+            first = threads == 1 ? norm : first;
+            CHECK(same_bits(first.data(), norm.data(), first.size()), "%s: %d threads give other bits", dev.isa->name,
+                  threads);
+        }
+    });
 }
 
 extern const Test elementwise_tests[] = {{"embedding_rows", embedding_rows},
@@ -510,4 +916,11 @@ extern const Test elementwise_tests[] = {{"embedding_rows", embedding_rows},
                                          {"silu_ends", silu_ends},
                                          {"rows_alignment", rows_alignment},
                                          {"rows_softmax", rows_softmax},
+                                         {"bf16_rounding", bf16_rounding},
+                                         {"bf16_rmsnorm", bf16_rmsnorm},
+                                         {"bf16_rope", bf16_rope},
+                                         {"bf16_swiglu", bf16_swiglu},
+                                         {"bf16_not_finite", bf16_not_finite},
+                                         {"bf16_same_bits", bf16_same_bits},
+                                         {"bf16_threads", bf16_threads},
                                          {nullptr, nullptr}};

@@ -18,51 +18,15 @@ static bool has_gpu() {
     return GpuDevice<bf16>().ok;
 }
 
-static std::vector<double> numbers_of(const Json& j, const char* key) {
-    std::vector<double> out;
-    const Json* list = j.find(key);
-    for (size_t i = 0; list != nullptr && i < list->items.size(); i++) {
-        out.push_back(list->items[i].number());
-    }
-    return out;
-}
-
-// dev/ref/tiny_bf16.json: losses of PyTorch + PEFT over 20 steps in fp32, and how far its own bf16 runs lie from
-// theirs. Ours in bf16 may lie twice as far. Which step a run happens to be near at is luck, so the greatest distance
-// up to a step counts. The first 8 steps: the stand-in is slow.
+// The first 8 steps: the stand-in is slow.
 static void losses_of_the_default_base() {
     if (!has_gpu()) {
         return;
     }
-    const size_t steps = 8;
-    Json reference;
-    Error e = json_read_file(reference, source_path("dev/ref/tiny_bf16.json"));
-    CHECK(!e, "%s", e.what.c_str());
-    const std::string root = test_directory();
-    for (const char* run : {"nf4 dequant", "nf4 fused", "none auto"}) {
-        const std::string quant = std::string(run).substr(0, std::string(run).find(' '));
-        const std::string gemm = run + quant.size() + 1, dir = root + "/" + quant + gemm;
-        const Json& r = *reference.find(quant.c_str());
-        std::string options = r.find("options")->string, out;
-        for (const char* path : {"data.jsonl", "dev/ref/tiny_adapter"}) {
-            options.replace(options.find(path), strlen(path), source_path(path));
-        }
-        options.replace(options.find("-n 20"), 5, "-n " + std::to_string(steps));
-        const std::vector<double> want = numbers_of(r, "fp32"), distance = numbers_of(r, "distance");
-        int code = train_gpu(&out, options + " --gemm " + gemm + " -o " + dir);
-        if (!CHECK(code == 0, "exit %d: %s", code, out.c_str())) {
-            return;
-        }
-        const std::vector<double> got = losses_of(dir);
-        if (!CHECK(got.size() == steps && want.size() >= steps, "%zu losses of %zu", got.size(), want.size())) {
-            return;
-        }
-        double far = 0;
-        for (size_t s = 0; s < steps; s++) {
-            far = std::max(far, distance[s]);
-            CHECK_ERROR(run + (" step " + std::to_string(s + 1)), std::fabs(got[s] - want[s]), 2 * far);
-        }
-    }
+    const std::string device = program() + base() + " --device cuda";
+    check_bf16_losses(device, "nf4", "dequant", " --gemm dequant", 8);
+    check_bf16_losses(device, "nf4", "fused", " --gemm fused", 8);
+    check_bf16_losses(device, "none", "", "", 8);
 }
 
 // In fp32 the GPU repeats the CPU's losses up to the order of sums.
@@ -74,7 +38,7 @@ static void fp32_is_the_cpu() {
                       options = "-i " + small_data(12) + " -r 4 -b 4 -t 48 -n 4 --val none -o ";
     std::string out;
     CHECK(train_gpu(&out, options + root + "/gpu --math fp32") == 0, "%s", out.c_str());
-    CHECK(run_command(&out, program() + base() + " --device cpu " + options + root + "/cpu") == 0, "%s", out.c_str());
+    CHECK(run_command(&out, program() + base() + " --device cpu --math fp32 " + options + root + "/cpu") == 0, "%s", out.c_str());
     const std::vector<double> gpu = losses_of(root + "/gpu"), cpu = losses_of(root + "/cpu");
     CHECK(gpu.size() == 4 && cpu.size() == 4, "%zu and %zu losses", gpu.size(), cpu.size());
     for (size_t s = 0; s < std::min(gpu.size(), cpu.size()); s++) {

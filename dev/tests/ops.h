@@ -95,6 +95,7 @@ void for_each_tier(const Fn& fn) {
         device_open(dev, 2);
         dev.isa = cpu_isa_choose(name);
         if (dev.isa) {
+            device_math(dev, "fp32");
             fn(dev);
         }
         device_close(dev);

@@ -1,7 +1,10 @@
 // For the tests that run ./train_llama as a subprocess, as people do: the command, the files around it.
 // TRAIN_LLAMA_PROGRAM names another binary.
 #pragma once
+#include <algorithm>
+#include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -63,4 +66,42 @@ inline std::string small_data(size_t n, const char* from = "data.jsonl") {
     }
     write_text(path, text.substr(0, at));
     return path;
+}
+
+// dev/ref/tiny_bf16.json: losses of PyTorch + PEFT over 20 steps in fp32, and how far its own bf16 runs lie from
+// theirs. Those of `command`, which is given the options of that run and `more`, may lie twice as far. Which step a run
+// happens to be near at is luck, so the greatest distance up to a step counts.
+inline void check_bf16_losses(const std::string& command, const std::string& quant, const std::string& name,
+                              const std::string& more, size_t steps) {
+    Json reference;
+    Error e = json_read_file(reference, source_path("dev/ref/tiny_bf16.json"));
+    CHECK(!e, "%s", e.what.c_str());
+    const Json& r = *reference.find(quant.c_str());
+    std::string options = r.find("options")->string, out;
+    const std::string run = quant + " " + name, dir = test_directory() + "/" + quant + name;
+    for (const char* path : {"data.jsonl", "dev/ref/tiny_adapter"}) {
+        options.replace(options.find(path), strlen(path), source_path(path));
+    }
+    options.replace(options.find("-n 20"), 5, "-n " + std::to_string(steps));
+    const auto numbers = [&](const char* key) {
+        std::vector<double> list;
+        for (const Json& item : r.find(key)->items) {
+            list.push_back(item.number());
+        }
+        return list;
+    };
+    const std::vector<double> want = numbers("fp32"), distance = numbers("distance");
+    const int code = run_command(&out, command + " " + options + more + " -o " + dir);
+    if (!CHECK(code == 0, "%s: exit %d: %s", run.c_str(), code, out.c_str())) {
+        return;
+    }
+    const std::vector<double> got = losses_of(dir);
+    if (!CHECK(got.size() == steps && want.size() >= steps, "%zu losses of %zu", got.size(), want.size())) {
+        return;
+    }
+    double far = 0;
+    for (size_t s = 0; s < steps; s++) {
+        far = std::max(far, distance[s]);
+        CHECK_ERROR(run + (" step " + std::to_string(s + 1)), std::fabs(got[s] - want[s]), 2 * far);
+    }
 }

@@ -5,9 +5,18 @@
 //   S = Q K^T / sqrt(HS), P = softmax(S) over the keys 0 .. i of the row's own document, O = P V
 //   dV = P^T dO,  dS = P (dO V^T - D),  D = rowsum(dO O),  dQ = dS K / sqrt(HS),  dK = dS^T Q / sqrt(HS)
 //
-// Scores are held transposed, keys down and queries across: the softmax then runs down the columns with a vector of
-// queries at a time, and the block of P^T is, as it stands, the right panel of O^T = V^T P^T and of dQ^T = K^T dS^T.
-// dV and dK need P and dS the other way round; they are turned over a tile at a time.
+// Activations are widened as they are packed, sums are kept in real, and a result is rounded once, when it is stored.
+// Packed are rows [line][line_room] and, of the keys and values of a block, columns [channel][block_room]; a product
+// reads its left side by single elements, in either direction, and its right side by vectors along a row:
+//
+//   forward    S = Q . K columns      O  += P . V rows
+//   backward   S = Q . K columns      dP  = dO . V columns      dQ += dS . K rows
+//              dV += P^T . dO rows    dK += dS^T . Q rows
+//
+// So only K and V are turned over, once for all the query heads that share them, and K's columns take the 1 / sqrt(HS).
+// A block of keys meets the queries of all these heads before the next one is read, a few rows at a time: their scores
+// do not leave the first cache. Where a block has keys that some of its queries do not see, the rows are those of one
+// register tile, and products end with the last key that one of them sees.
 //
 // Blocks count from the start of the document, and every sum runs over them in ascending order, so the bits of a
 // document depend neither on its neighbours, nor on the number of threads, nor on how its blocks are shared out.
@@ -19,24 +28,79 @@
 #include "kernels/cpu/parallel.h"
 #include "kernels/cpu/rows.h"
 
+namespace rows_double {
+constexpr int TILE_MR = 4, TILE_NV = 4;
+#include "kernels/cpu/leaf_attention.inc"
+static const AttentionKernels<double> attention_table = LEAF_ATTENTION;
+#undef LEAF_ATTENTION
+}  // namespace rows_double
+
+// ----------------------------------------------------------------------------
+// arithmetic and storage
+
+inline const AttentionKernels<float>& attention_kernels(const Cpu<float>& dev) {
+    return dev.isa->attention;
+}
+inline const AttentionKernels<double>& attention_kernels(const Cpu<double>&) {
+    return rows_double::attention_table;
+}
+
+// The same processor, counting in the type of sums.
+template <class X>
+Cpu<typename Cpu<X>::real> attention_arithmetic(const Cpu<X>& dev) {
+    Cpu<typename Cpu<X>::real> same;
+    same.threads = dev.threads;
+    same.isa = dev.isa;
+    return same;
+}
+
+template <class Real>
+void row_widen(const Cpu<Real>&, Real* out, const Real* in, size_t n) {
+    memcpy(out, in, n * sizeof(Real));
+}
+inline void row_widen(const Cpu<float>& dev, float* out, const bf16* in, size_t n) {
+    dev.isa->rows.of_bf16.widen(out, in, n);
+}
+template <class Real>
+void row_narrow(const Cpu<Real>&, Real* out, const Real* in, size_t n) {
+    memcpy(out, in, n * sizeof(Real));
+}
+inline void row_narrow(const Cpu<float>& dev, bf16* out, const float* in, size_t n) {
+    dev.isa->rows.of_bf16.narrow(out, in, n);
+}
+
+constexpr size_t ATTENTION_BLOCK = 64;  // queries, and in backward keys; documents are cut between blocks
+constexpr size_t ATTENTION_KEYS = 128;  // forward: keys a block
+constexpr size_t ATTENTION_TILES = 4;   // register tiles, one below the other, whose scores are made together
+constexpr size_t ATTENTION_PIECE = 4;   // blocks in a piece of a document, at most
+
 struct AttentionShape {
     int NH, NKV, HS;
-    int MR, NR;     // register tile
-    size_t keys;    // forward: keys a block
-    size_t block;   // backward: queries and keys a block; a multiple of NR
+    size_t rows, tile;  // of a register tile; whose scores are made together
+    size_t line_room;   // elements from packed row to packed row: whole vectors, and not a power of two, so that the
+                        // rows do not share cache sets
     size_t stride;      // of a row of qkv
     size_t out_stride;  // of a row of out
+    double scale;       // 1 / sqrt(HS)
 };
 
 template <class X>
 AttentionShape attention_shape(const Cpu<X>& dev, int NH, int NKV, int HS) {
-    const int MR = tile_rows(dev), NR = tile_columns(dev);
-    return {NH, NKV, HS, MR, NR, size_t(16 * MR), size_t((64 + NR - 1) / NR * NR), size_t(NH + 2 * NKV) * size_t(HS),
-            size_t(NH) * size_t(HS)};
+    const size_t rows = size_t(tile_rows(attention_arithmetic(dev)));
+    return {NH,
+            NKV,
+            HS,
+            rows,
+            rows * ATTENTION_TILES,
+            round_up(size_t(HS), ATTENTION_LANES) + ATTENTION_LANES,
+            size_t(NH + 2 * NKV) * size_t(HS),
+            size_t(NH) * size_t(HS),
+            1 / std::sqrt(double(HS))};
 }
 
-inline size_t round_up(size_t n, size_t to) {
-    return (n + to - 1) / to * to;
+// From channel to channel of n packed columns.
+constexpr size_t block_room(size_t n) {
+    return n + ATTENTION_LANES;
 }
 
 // ----------------------------------------------------------------------------
@@ -52,41 +116,46 @@ struct AttentionTask {
 };
 
 // Tasks are whole documents where that keeps the threads about as busy as pieces would; `cost` is what pieces add to
-// the work. A long document is cut into pieces of 256 queries, or of 256 keys.
+// the work. A long document is cut into pieces of some blocks of queries, or of keys.
 struct AttentionPlan {
     bool whole;
     size_t piece;  // blocks
     size_t tasks;
 };
 
-inline AttentionPlan attention_plan(int threads, const int32_t* cu_seqlens, int documents, int NKV, size_t block,
-                                    bool backward) {
+inline AttentionPlan attention_plan(int threads, const int32_t* cu_seqlens, int documents, int NKV, bool backward) {
     const double cost = backward ? 1.4 : 1.1;  // 7 products for 5; packing K and V again
     double total = 0, longest = 0;
-    AttentionPlan plan = {true, (256 + block - 1) / block, 0};
-    size_t pieces = 0;
     for (int d = 0; d < documents; d++) {
-        size_t length = size_t(cu_seqlens[d + 1] - cu_seqlens[d]);
-        double work = double(length) * double(length);
+        double length = double(cu_seqlens[d + 1] - cu_seqlens[d]), work = length * length;
         total += work * NKV;
         longest = work > longest ? work : longest;
-        pieces += round_up(length, plan.piece * block) / (plan.piece * block);
     }
     const size_t heads = size_t(documents) * size_t(NKV);
     const double share = total / threads;
     const double even = double(round_up(heads, size_t(threads)) / size_t(threads)) * longest;
     const double uneven = share + longest * (threads - 1) / threads;
-    plan.whole = threads == 1 || (even < uneven ? even : uneven) <= cost * share;
-    plan.tasks = plan.whole ? heads : pieces * size_t(NKV) * (backward ? 2 : 1);
+    AttentionPlan plan = {threads == 1 || (even < uneven ? even : uneven) <= cost * share, ATTENTION_PIECE, heads};
+    for (; !plan.whole; plan.piece /= 2) {
+        plan.tasks = 0;
+        for (int d = 0; d < documents; d++) {
+            const size_t length = size_t(cu_seqlens[d + 1] - cu_seqlens[d]), piece = plan.piece * ATTENTION_BLOCK;
+            plan.tasks += round_up(length, piece) / piece * size_t(NKV) * (backward ? 2 : 1);
+        }
+        if (plan.piece == 1 || plan.tasks >= 4 * size_t(threads)) {
+            break;
+        }
+    }
     return plan;
 }
 
-// Task number `index` of the plan; the later pieces of a document, which have more keys, come first.
+// Task number `index` of the plan. The greater pieces of a document come first: late queries, which see many keys, and
+// early keys, which are seen by many queries.
 inline AttentionTask attention_task(const AttentionPlan& plan, size_t index, const int32_t* cu_seqlens, int NKV,
-                                    size_t block, bool backward) {
+                                    bool backward) {
     for (int d = 0;; d++) {
         size_t first = size_t(cu_seqlens[d]), length = size_t(cu_seqlens[d + 1]) - first;
-        size_t blocks = round_up(length, block) / block;
+        size_t blocks = round_up(length, ATTENTION_BLOCK) / ATTENTION_BLOCK;
         size_t pieces = plan.whole ? 1 : round_up(blocks, plan.piece) / plan.piece;
         size_t kinds = backward && !plan.whole ? 2 : 1;
         size_t here = pieces * kinds * size_t(NKV);
@@ -96,10 +165,10 @@ inline AttentionTask attention_task(const AttentionPlan& plan, size_t index, con
         }
         AttentionTask t = {first, length, int(index % size_t(NKV)), 0, blocks, 0, blocks, backward, backward};
         if (!plan.whole) {
-            size_t piece = pieces - 1 - index / size_t(NKV) % pieces;
-            size_t begin = piece * plan.piece, end = begin + plan.piece < blocks ? begin + plan.piece : blocks;
             t.dkv = backward && index / (pieces * size_t(NKV)) == 0;
             t.dq = backward && !t.dkv;
+            size_t place = index / size_t(NKV) % pieces, piece = t.dkv ? place : pieces - 1 - place;
+            size_t begin = piece * plan.piece, end = begin + plan.piece < blocks ? begin + plan.piece : blocks;
             (t.dkv ? t.j0 : t.i0) = begin;
             (t.dkv ? t.j1 : t.i1) = end;
         }
@@ -107,123 +176,160 @@ inline AttentionTask attention_task(const AttentionPlan& plan, size_t index, con
     }
 }
 
+inline size_t attention_longest(const Documents& docs) {
+    size_t longest = 0;
+    for (int d = 0; d < docs.count; d++) {
+        const size_t length = size_t(docs.cu_seqlens[d + 1] - docs.cu_seqlens[d]);
+        longest = length > longest ? length : longest;
+    }
+    return longest;
+}
+
 // ----------------------------------------------------------------------------
-// panels
+// packing and products
 
-// out [tile of MR lines][HS][MR]: left panels that sum over the head.
-template <class X>
-void attention_pack_lines(const Cpu<X>& dev, const AttentionShape& s, X* out, const X* in, size_t stride,
-                          size_t lines) {
-    for (size_t line = 0; line < lines; line += size_t(s.MR)) {
-        int n = lines - line < size_t(s.MR) ? int(lines - line) : s.MR;
-        transpose_lines(dev, out + line * size_t(s.HS), size_t(s.MR), s.MR, in + line * stride, stride, n,
-                        size_t(s.HS));
-    }
-}
-
-// out [tile of MR channels][lines][MR] = in * factor: left panels that sum over the lines.
-template <class X>
-void attention_pack_channels(const AttentionShape& s, X* out, const X* in, size_t stride, size_t lines, X factor) {
-    const size_t MR = size_t(s.MR), HS = size_t(s.HS);
-    for (size_t c = 0; c < HS; c += MR) {
-        const size_t n = HS - c < MR ? HS - c : MR;
-        for (size_t line = 0; line < lines; line++, out += MR) {
-            const X* from = in + line * stride + c;
-            for (size_t i = 0; i < n; i++) {
-                out[i] = from[i] * factor;
-            }
-            for (size_t i = n; i < MR; i++) {
-                out[i] = 0;
-            }
+// out [line][line_room]: `lines` rows of one head, zeros behind them up to a whole vector.
+template <class Real, class X>
+void attention_pack_rows(const Cpu<Real>& dev, const AttentionShape& s, Real* out, const X* in, size_t stride,
+                         size_t lines) {
+    const size_t HS = size_t(s.HS), wide = s.line_room - ATTENTION_LANES;
+    for (size_t i = 0; i < lines; i++, out += s.line_room, in += stride) {
+        row_widen(dev, out, in, HS);
+        for (size_t c = HS; c < wide; c++) {
+            out[c] = 0;
         }
     }
 }
 
-// out [HS][NR] = in * factor, up to NR lines: a right panel that sums over the head.
-template <class X>
-void attention_pack_queries(const Cpu<X>& dev, const AttentionShape& s, X* out, const X* in, size_t stride,
-                            size_t lines, X factor) {
-    transpose_lines(dev, out, size_t(s.NR), s.NR, in, stride, int(lines), size_t(s.HS));
-    for (size_t i = 0; i < size_t(s.HS) * size_t(s.NR); i++) {
-        out[i] *= factor;
-    }
+// out [channel][room]: up to room - ATTENTION_LANES packed rows turned over, zeros behind them up to a whole vector.
+template <class Real>
+void attention_pack_columns(const Cpu<Real>& dev, const AttentionShape& s, Real* out, size_t room, const Real* rows,
+                            size_t lines) {
+    transpose_lines(dev, out, room, int(round_up(lines, ATTENTION_LANES)), rows, s.line_room, int(lines), size_t(s.HS));
 }
 
-// c [lines][NR] = or += left panels [tile][k][MR] times a right panel; `step`: elements from left tile to left tile.
-template <class X>
-void attention_product(const Cpu<X>& dev, const AttentionShape& s, X* c, const X* a, size_t step, const X* b, size_t k,
-                       size_t lines, int columns, bool add) {
-    const size_t MR = size_t(s.MR), NR = size_t(s.NR);
-    for (size_t line = 0; line < lines; line += MR, a += step) {
-        int n = lines - line < MR ? int(lines - line) : s.MR;
-        gemm_tile(dev, k, a, b, c + line * NR, NR, n, columns, add);
-    }
-}
+// One side of a product: packed elements and where the next ones are.
+template <class Real>
+struct AttentionLeft {
+    const Real* p;
+    size_t row_step, step;  // to the next row, to the next index of the sum
+};
+template <class Real>
+struct AttentionRight {
+    const Real* p;
+    size_t step;  // to the next index of the sum
+};
 
-// No key after the query: scores of rows key0 .. key0 + keys, columns query0 .. query0 + NR.
-template <class X>
-void attention_mask(const AttentionShape& s, X* scores, size_t key0, size_t keys, size_t query0) {
-    const size_t NR = size_t(s.NR);
-    for (size_t k = key0 > query0 ? 0 : query0 - key0; k < keys; k++) {
-        for (size_t c = 0; c < NR && query0 + c < key0 + k; c++) {
-            scores[k * NR + c] = -std::numeric_limits<X>::infinity();
-        }
-    }
+// Every product goes through here. c (m, n), rows ldc apart, = or += a sum of k terms; c is multiplied by f[row] first
+// where there is an f.
+template <class Real>
+void attention_product(const Cpu<Real>& dev, Real* c, size_t ldc, const AttentionLeft<Real>& a,
+                       const AttentionRight<Real>& b, size_t m, size_t n, size_t k, bool add, const Real* f = nullptr) {
+    attention_kernels(dev).product(c, ldc, a.p, a.row_step, a.step, b.p, b.step, m, n, k, add, f);
 }
 
 // ----------------------------------------------------------------------------
 // forward
 
-template <class X>
+template <class Real>
 struct AttentionForwardSpace {
-    X *K, *V;               // left panels of the document: [key tile][HS][MR], [channel tile][key][MR]
-    X *Q, *S, *O;           // [HS][NR], [key][NR], [HS][NR]
-    X *max, *sum, *shrink;  // [NR]
+    Real *K, *V;           // of the document: columns, a block of keys after the other; rows
+    Real *Q, *O;           // of a block of queries of each head that shares K and V: rows, sums
+    Real *max, *sum;       // [head][query], [head][query][ATTENTION_LANES]
+    Real *S, *rows;        // scores of a few rows; a block of rows to be turned over, or the rows to be stored
+    Real *shrink, *total;  // of a few rows, of a block of queries
 };
 
-template <class X>
-AttentionForwardSpace<X> attention_forward_space(Arena& arena, const AttentionShape& s, size_t longest) {
-    const size_t HS = size_t(s.HS), NR = size_t(s.NR), MR = size_t(s.MR);
-    AttentionForwardSpace<X> w;
-    w.K = arena_take<X>(arena, round_up(longest, MR) * HS);
-    w.V = arena_take<X>(arena, longest * round_up(HS, MR));
-    w.Q = arena_take<X>(arena, HS * NR);
-    w.S = arena_take<X>(arena, s.keys * NR);
-    w.O = arena_take<X>(arena, HS * NR);
-    w.max = arena_take<X>(arena, NR);
-    w.sum = arena_take<X>(arena, NR);
-    w.shrink = arena_take<X>(arena, NR);
+template <class Real>
+AttentionForwardSpace<Real> attention_forward_space(Arena& arena, const AttentionShape& s, size_t longest) {
+    const size_t HS = size_t(s.HS), room = s.line_room, queries = ATTENTION_BLOCK * size_t(s.NH / s.NKV);
+    AttentionForwardSpace<Real> w;
+    w.K = arena_take<Real>(arena, round_up(longest, ATTENTION_KEYS) / ATTENTION_KEYS * HS * block_room(ATTENTION_KEYS));
+    w.V = arena_take<Real>(arena, longest * room);
+    w.Q = arena_take<Real>(arena, queries * room);
+    w.O = arena_take<Real>(arena, queries * room);
+    w.max = arena_take<Real>(arena, queries);
+    w.sum = arena_take<Real>(arena, queries * ATTENTION_LANES);
+    w.S = arena_take<Real>(arena, s.tile * block_room(ATTENTION_KEYS));
+    w.rows = arena_take<Real>(arena, ATTENTION_KEYS * room);
+    w.shrink = arena_take<Real>(arena, round_up(s.tile, ATTENTION_LANES));
+    w.total = arena_take<Real>(arena, ATTENTION_BLOCK);
     return w;
 }
 
-// Up to NR queries of one head: those from query0 of the document, whose keys are packed.
+// What attention_forward was given.
 template <class X>
-void attention_forward_panel(const Cpu<X>& dev, const AttentionShape& s, const AttentionForwardSpace<X>& w, X* out,
-                             X* lse, const X* q, size_t query0, size_t queries, size_t packed) {
-    const size_t HS = size_t(s.HS), NR = size_t(s.NR), MR = size_t(s.MR), seen = query0 + queries;
-    attention_pack_queries(dev, s, w.Q, q, s.stride, queries, X(1 / std::sqrt(double(s.HS))));
-    for (size_t c = 0; c < NR; c++) {
-        w.max[c] = -std::numeric_limits<X>::infinity();
-        w.sum[c] = 0;
-    }
-    for (size_t key = 0; key < seen; key += s.keys) {
-        const size_t n = seen - key < s.keys ? seen - key : s.keys;
-        attention_product(dev, s, w.S, w.K + key * HS, MR * HS, w.Q, HS, n, s.NR, false);
-        attention_mask(s, w.S, key, n, query0);
-        row_kernels(dev).softmax_columns(w.S, n, NR, w.max, w.sum, w.shrink);
-        if (key > 0) {
-            row_kernels(dev).scale_columns(w.O, HS, NR, w.shrink);
+struct AttentionOutputs {
+    X* out;
+    typename Cpu<X>::real* lse;
+    const X* qkv;
+    size_t N;
+};
+
+// `queries` rows of one head, from `query`, meet `keys` keys, from `key`: positions in the document. Q, O, max and sum
+// are the head's.
+template <class Real>
+void attention_forward_block(const Cpu<Real>& dev, const AttentionShape& s, const AttentionForwardSpace<Real>& w,
+                             const Real* Q, Real* O, Real* max, Real* sum, size_t query, size_t queries, size_t key,
+                             size_t keys) {
+    const size_t HS = size_t(s.HS), room = block_room(ATTENTION_KEYS);
+    const AttentionRight<Real> K = {w.K + key / ATTENTION_KEYS * HS * room, room},
+                               V = {w.V + key * s.line_room, s.line_room};
+    const size_t step = key + keys > query + 1 ? s.rows : s.tile;
+    for (size_t r = 0; r < queries; r += step) {
+        const size_t m = queries - r < step ? queries - r : step;
+        const ptrdiff_t seen = ptrdiff_t(query + r + 1) - ptrdiff_t(key);  // keys that the first of the rows sees
+        if (seen + ptrdiff_t(m) <= 1) {
+            continue;
         }
-        attention_product(dev, s, w.O, w.V + key * MR, packed * MR, w.S, n, HS, s.NR, key > 0);
+        const size_t reach = size_t(seen) + m - 1, n = reach < keys ? reach : keys;
+        attention_product(dev, w.S, room, {Q + r * s.line_room, s.line_room, 1}, K, m, n, HS, false);
+        attention_kernels(dev).softmax(w.S, room, m, n, seen, max + r, sum + r * ATTENTION_LANES, w.shrink);
+        attention_product(dev, O + r * s.line_room, s.line_room, {w.S, room, 1}, V, m, HS, n, key > 0, w.shrink);
     }
-    for (size_t c = 0; c < NR; c++) {
-        w.shrink[c] = 1 / w.sum[c];
+}
+
+template <class X, class Real>
+void attention_forward_task(const Cpu<Real>& dev, const AttentionShape& s, const AttentionForwardSpace<Real>& w,
+                            const AttentionOutputs<X>& a, const AttentionTask& t) {
+    const size_t HS = size_t(s.HS), room = s.line_room, group = size_t(s.NH / s.NKV), B = ATTENTION_BLOCK;
+    const size_t end = t.i1 * ATTENTION_BLOCK < t.length ? t.i1 * ATTENTION_BLOCK : t.length;
+    const X* k = a.qkv + t.first * s.stride + size_t(s.NH + t.kv) * HS;
+    const X* v = k + size_t(s.NKV) * HS;
+    for (size_t key = 0; key < end; key += ATTENTION_KEYS) {
+        const size_t n = end - key < ATTENTION_KEYS ? end - key : ATTENTION_KEYS, columns = block_room(ATTENTION_KEYS);
+        attention_pack_rows(dev, s, w.rows, k + key * s.stride, s.stride, n);
+        attention_kernels(dev).scale(w.rows, room, w.rows, room, n, HS, Real(s.scale), nullptr, nullptr);
+        attention_pack_columns(dev, s, w.K + key / ATTENTION_KEYS * HS * columns, columns, w.rows, n);
+        attention_pack_rows(dev, s, w.V + key * room, v + key * s.stride, s.stride, n);
     }
-    for (size_t c = 0; c < queries; c++) {
-        lse[c] = w.max[c] + std::log(w.sum[c]);
+    for (size_t query = t.i0 * ATTENTION_BLOCK; query < end; query += B) {
+        const size_t n = end - query < B ? end - query : B, row = t.first + query;
+        for (size_t g = 0; g < group; g++) {
+            const size_t h = size_t(t.kv) * group + g;
+            attention_pack_rows(dev, s, w.Q + g * B * room, a.qkv + row * s.stride + h * HS, s.stride, n);
+            for (size_t i = 0; i < B; i++) {
+                w.max[g * B + i] = -std::numeric_limits<Real>::infinity();
+            }
+            memset(w.sum + g * B * ATTENTION_LANES, 0, B * ATTENTION_LANES * sizeof(Real));
+        }
+        for (size_t key = 0; key < query + n; key += ATTENTION_KEYS) {
+            const size_t keys = end - key < ATTENTION_KEYS ? end - key : ATTENTION_KEYS;
+            for (size_t g = 0; g < group; g++) {
+                attention_forward_block(dev, s, w, w.Q + g * B * room, w.O + g * B * room, w.max + g * B,
+                                        w.sum + g * B * ATTENTION_LANES, query, n, key, keys);
+            }
+        }
+        for (size_t g = 0; g < group; g++) {
+            const size_t h = size_t(t.kv) * group + g;
+            attention_kernels(dev).scale(w.rows, room, w.O + g * B * room, room, n, HS, Real(1),
+                                         w.sum + g * B * ATTENTION_LANES, w.total);
+            for (size_t i = 0; i < n; i++) {
+                row_narrow(dev, a.out + (row + i) * s.out_stride + h * HS, w.rows + i * room, HS);
+                a.lse[h * a.N + row + i] = w.max[g * B + i] + std::log(w.total[i]);
+            }
+        }
     }
-    row_kernels(dev).scale_columns(w.O, HS, NR, w.shrink);
-    transpose_lines(dev, out, s.out_stride, s.HS, w.O, NR, s.HS, queries);
 }
 
 // out (N, NH*HS), rows out_stride apart, lse (NH, N) = of qkv (N, QKV): q | k | v heads side by side. Query head h uses
@@ -231,130 +337,57 @@ void attention_forward_panel(const Cpu<X>& dev, const AttentionShape& s, const A
 template <class X>
 void attention_forward(Cpu<X>& dev, X* out, size_t out_stride, typename Cpu<X>::real* lse, const X* qkv,
                        const Documents& docs, size_t N, int NH, int NKV, int HS) {
+    using Real = typename Cpu<X>::real;
     AttentionShape s = attention_shape(dev, NH, NKV, HS);
     s.out_stride = out_stride;
-    const int32_t* cu_seqlens = docs.cu_seqlens;
-    const int documents = docs.count;
-    const size_t NR = size_t(s.NR), group = size_t(NH / NKV), width = size_t(HS);
-    const AttentionPlan plan = attention_plan(dev.threads, cu_seqlens, documents, NKV, NR, false);
-    size_t longest = 0;
-    for (int d = 0; d < documents; d++) {
-        size_t length = size_t(cu_seqlens[d + 1] - cu_seqlens[d]);
-        longest = length > longest ? length : longest;
-    }
+    const AttentionPlan plan = attention_plan(dev.threads, docs.cu_seqlens, docs.count, NKV, false);
+    const size_t longest = attention_longest(docs);
+    const Cpu<Real> arithmetic = attention_arithmetic(dev);
     Arena arena = arena_of(dev), one;
-    attention_forward_space<X>(one, s, longest);
+    attention_forward_space<Real>(one, s, longest);
     char* space = arena_take<char>(arena, one.used * size_t(dev.threads));
+    const AttentionOutputs<X> a = {out, lse, qkv, N};
     parallel_tasks(dev.threads, plan.tasks, [&](size_t index, int worker) {
-        const AttentionTask t = attention_task(plan, index, cu_seqlens, NKV, NR, false);
         Arena mine = {space + one.used * size_t(worker), 0, one.used};
-        const AttentionForwardSpace<X> w = attention_forward_space<X>(mine, s, longest);
-        const size_t keys = t.i1 * NR < t.length ? t.i1 * NR : t.length;
-        const X* rows = qkv + t.first * s.stride;
-        attention_pack_lines(dev, s, w.K, rows + size_t(NH + t.kv) * width, s.stride, keys);
-        attention_pack_channels(s, w.V, rows + size_t(NH + NKV + t.kv) * width, s.stride, keys, X(1));
-        for (size_t h = size_t(t.kv) * group; h < size_t(t.kv + 1) * group; h++) {
-            for (size_t q = t.i0 * NR; q < keys; q += NR) {
-                const size_t row = t.first + q, n = keys - q < NR ? keys - q : NR;
-                attention_forward_panel(dev, s, w, out + row * out_stride + h * width, lse + h * N + row,
-                                        qkv + row * s.stride + h * width, q, n, keys);
-            }
-        }
+        attention_forward_task(arithmetic, s, attention_forward_space<Real>(mine, s, longest), a,
+                               attention_task(plan, index, docs.cu_seqlens, NKV, false));
     });
 }
 
 // ----------------------------------------------------------------------------
 // backward
 
-template <class X>
+template <class Real>
 struct AttentionBackwardSpace {
-    // of the document, a block of keys after the other
-    X *K, *V;       // left panels [key tile][HS][MR]
-    X* K_channels;  // left panels [channel tile][key][MR]
-    X *dK, *dV;     // sums, transposed: [panel of NR keys][HS][NR]
-    // of a block of queries
-    X *Q, *dO;                     // right panels [panel of NR queries][HS][NR], Q scaled
-    X *Q_channels, *dO_channels;   // left panels [channel tile][query][MR], Q scaled
-    X* dQ;                         // sum, transposed: [panel of NR queries][HS][NR]
-    X *S, *dS;                     // [panel of NR queries][key][NR]
-    X* turned;                     // [query][NR keys]
-    X *lse, *D;                    // [query]
-    size_t lines, channels, sums;  // elements a block of K, of K_channels, of dK
+    // of the document
+    Real *K, *dK, *dV;            // rows, sums
+    Real *K_columns, *V_columns;  // a block after the other
+    // of a block of queries of each head that shares K and V
+    Real *Q, *dO, *dQ;  // rows, rows, sums
+    Real *lse, *D;      // [head][query], lse as a power of two
+    Real *S, *dS;       // [query][block_room]
+    Real* rows;         // a block of rows to be turned over or stored
 };
 
-template <class X>
-AttentionBackwardSpace<X> attention_backward_space(Arena& arena, const AttentionShape& s, size_t longest) {
-    const size_t HS = size_t(s.HS), MR = size_t(s.MR), blocks = round_up(longest, s.block) / s.block;
-    AttentionBackwardSpace<X> w;
-    w.lines = round_up(s.block, MR) * HS;
-    w.channels = s.block * round_up(HS, MR);
-    w.sums = s.block * HS;
-    w.K = arena_take<X>(arena, blocks * w.lines);
-    w.V = arena_take<X>(arena, blocks * w.lines);
-    w.K_channels = arena_take<X>(arena, blocks * w.channels);
-    w.dK = arena_take<X>(arena, blocks * w.sums);
-    w.dV = arena_take<X>(arena, blocks * w.sums);
-    w.Q = arena_take<X>(arena, w.sums);
-    w.dO = arena_take<X>(arena, w.sums);
-    w.Q_channels = arena_take<X>(arena, w.channels);
-    w.dO_channels = arena_take<X>(arena, w.channels);
-    w.dQ = arena_take<X>(arena, w.sums);
-    w.S = arena_take<X>(arena, s.block * s.block);
-    w.dS = arena_take<X>(arena, s.block * s.block);
-    w.turned = arena_take<X>(arena, s.block * size_t(s.NR));
-    w.lse = arena_take<X>(arena, s.block);
-    w.D = arena_take<X>(arena, s.block);
+template <class Real>
+AttentionBackwardSpace<Real> attention_backward_space(Arena& arena, const AttentionShape& s, size_t longest) {
+    const size_t B = ATTENTION_BLOCK, blocks = round_up(longest, B) / B, group = size_t(s.NH / s.NKV);
+    const size_t lines = blocks * B * s.line_room, columns = blocks * size_t(s.HS) * block_room(B);
+    AttentionBackwardSpace<Real> w;
+    w.K = arena_take<Real>(arena, lines);
+    w.dK = arena_take<Real>(arena, lines);
+    w.dV = arena_take<Real>(arena, lines);
+    w.K_columns = arena_take<Real>(arena, columns);
+    w.V_columns = arena_take<Real>(arena, columns);
+    w.Q = arena_take<Real>(arena, group * B * s.line_room);
+    w.dO = arena_take<Real>(arena, group * B * s.line_room);
+    w.dQ = arena_take<Real>(arena, group * B * s.line_room);
+    w.lse = arena_take<Real>(arena, group * B);
+    w.D = arena_take<Real>(arena, group * B);
+    w.S = arena_take<Real>(arena, B * block_room(B));
+    w.dS = arena_take<Real>(arena, B * block_room(B));
+    w.rows = arena_take<Real>(arena, B * s.line_room);
     return w;
-}
-
-// P and dS of `queries` queries and `keys` keys; diagonal: they are the same positions. What lies above the diagonal of
-// S and dS is not written.
-template <class X>
-void attention_backward_scores(const Cpu<X>& dev, const AttentionShape& s, const AttentionBackwardSpace<X>& w,
-                               const X* K, const X* V, size_t queries, size_t keys, bool diagonal) {
-    const size_t HS = size_t(s.HS), NR = size_t(s.NR), MR = size_t(s.MR);
-    for (size_t q = 0; q < queries; q += NR) {
-        const size_t seen = diagonal && q + NR < keys ? q + NR : keys;
-        X *S = w.S + q * s.block, *dS = w.dS + q * s.block;
-        attention_product(dev, s, S, K, MR * HS, w.Q + q * HS, HS, seen, s.NR, false);
-        attention_product(dev, s, dS, V, MR * HS, w.dO + q * HS, HS, seen, s.NR, false);
-        if (diagonal) {
-            attention_mask(s, S, 0, seen, q);
-        }
-        row_kernels(dev).grad_columns(S, dS, seen, NR, w.lse + q, w.D + q);
-    }
-}
-
-// sum [panel of NR keys][HS][NR] = or += of left panels [channel tile][query][MR] and scores [panel][key][NR].
-template <class X>
-void attention_backward_keys(const Cpu<X>& dev, const AttentionShape& s, const AttentionBackwardSpace<X>& w, X* sum,
-                             const X* left, const X* scores, size_t queries, size_t keys, bool diagonal, bool add) {
-    const size_t HS = size_t(s.HS), NR = size_t(s.NR), MR = size_t(s.MR);
-    for (size_t key = 0; key < keys; key += NR) {
-        const size_t first = diagonal ? key : 0;  // the first query that sees any of these keys
-        const int n = keys - key < NR ? int(keys - key) : s.NR;
-        for (size_t q = first; q < queries; q += NR) {
-            const size_t lines = queries - q < NR ? queries - q : NR;
-            transpose_lines(dev, w.turned + q * NR, NR, s.NR, scores + q * s.block + key * NR, NR, n, lines);
-        }
-        attention_product(dev, s, sum + key * HS, left + first * MR, queries * MR, w.turned + first * NR,
-                          queries - first, HS, n, add);
-    }
-}
-
-// out: `lines` rows of one head, stride elements apart = factor * sum [panel][HS][NR].
-template <class X>
-void attention_backward_store(const Cpu<X>& dev, const AttentionShape& s, X* out, size_t stride, X* sum, size_t lines,
-                              X factor) {
-    const size_t HS = size_t(s.HS), NR = size_t(s.NR);
-    for (size_t line = 0; line < lines; line += NR) {
-        X* panel = sum + line * HS;
-        for (size_t i = 0; i < HS * NR; i++) {
-            panel[i] *= factor;
-        }
-        transpose_lines(dev, out + line * stride, stride, s.HS, panel, NR, s.HS,
-                        lines - line < NR ? lines - line : NR);
-    }
 }
 
 // What attention_backward was given.
@@ -368,100 +401,123 @@ struct AttentionGradients {
     size_t N;
 };
 
-// Packs a block of queries of head h, with their lse and D.
-template <class X>
-void attention_backward_queries(const Cpu<X>& dev, const AttentionShape& s, const AttentionBackwardSpace<X>& w,
-                                const AttentionGradients<X>& a, size_t h, size_t row, size_t queries) {
-    const size_t HS = size_t(s.HS), NR = size_t(s.NR), wide = size_t(s.NH) * HS;
-    const X scale = X(1 / std::sqrt(double(s.HS)));
-    const X *q = a.qkv + row * s.stride + h * HS, *dout = a.dout + row * wide + h * HS,
-            *out = a.out + row * s.out_stride + h * HS;
-    for (size_t i = 0; i < queries; i += NR) {
-        const size_t n = queries - i < NR ? queries - i : NR;
-        attention_pack_queries(dev, s, w.Q + i * HS, q + i * s.stride, s.stride, n, scale);
-        attention_pack_queries(dev, s, w.dO + i * HS, dout + i * wide, wide, n, X(1));
+// P and dS of one head's block i of queries and block j of keys, and what comes of them; lines: queries, keys.
+template <class Real>
+void attention_backward_block(const Cpu<Real>& dev, const AttentionShape& s, const AttentionBackwardSpace<Real>& w,
+                              const AttentionTask& t, size_t g, size_t i, size_t j, size_t queries, size_t keys) {
+    const size_t HS = size_t(s.HS), line = s.line_room, B = ATTENTION_BLOCK, room = block_room(B), block = B * line;
+    const bool diagonal = i == j;
+    const size_t step = diagonal ? s.rows : s.tile;
+    const Real *Q = w.Q + g * block, *dO = w.dO + g * block;
+    const AttentionRight<Real> K_columns = {w.K_columns + j * HS * room, room},
+                               V_columns = {w.V_columns + j * HS * room, room};
+    for (size_t r = 0; r < queries; r += step) {
+        const size_t m = queries - r < step ? queries - r : step;
+        const size_t n = diagonal && r + m < keys ? r + m : keys;
+        Real *S = w.S + r * room, *dS = w.dS + r * room;
+        attention_product(dev, S, room, {Q + r * line, line, 1}, K_columns, m, n, HS, false);
+        attention_product(dev, dS, room, {dO + r * line, line, 1}, V_columns, m, n, HS, false);
+        attention_kernels(dev).grad(S, dS, room, m, n, ptrdiff_t(diagonal ? r + 1 : keys), w.lse + g * B + r,
+                                    w.D + g * B + r);
+        if (t.dq) {
+            attention_product(dev, w.dQ + g * block + r * line, line, {dS, room, 1}, {w.K + j * block, line}, m, HS, n,
+                              j > 0);
+        }
     }
-    attention_pack_channels(s, w.Q_channels, q, s.stride, queries, scale);
-    attention_pack_channels(s, w.dO_channels, dout, wide, queries, X(1));
-    for (size_t i = 0; i < s.block; i++) {
-        w.lse[i] = i < queries ? a.lse[h * a.N + row + i] : 0;
-        w.D[i] = i < queries ? row_kernels(dev).dot(dout + i * wide, out + i * s.out_stride, HS) : 0;
+    for (size_t k = 0; t.dkv && k < keys; k += diagonal ? s.rows : keys) {
+        const size_t m = !diagonal ? keys : keys - k < s.rows ? keys - k : s.rows, rest = queries - k;
+        const size_t from = k * room + k;  // the first query that sees any of these keys
+        Real *dV = w.dV + j * block + k * line, *dK = w.dK + j * block + k * line;
+        const bool add = !diagonal || g > 0;
+        attention_product(dev, dV, line, {w.S + from, 1, room}, {dO + k * line, line}, m, HS, rest, add);
+        attention_product(dev, dK, line, {w.dS + from, 1, room}, {Q + k * line, line}, m, HS, rest, add);
     }
 }
 
-template <class X>
-void attention_backward_task(const Cpu<X>& dev, const AttentionShape& s, const AttentionBackwardSpace<X>& w,
+// Packs a block of queries of head h, the g-th of its group, with their lse and D.
+template <class X, class Real>
+void attention_backward_queries(const Cpu<Real>& dev, const AttentionShape& s, const AttentionBackwardSpace<Real>& w,
+                                const AttentionGradients<X>& a, size_t g, size_t h, size_t row, size_t queries) {
+    const size_t HS = size_t(s.HS), wide = size_t(s.NH) * HS, B = ATTENTION_BLOCK, at = g * B * s.line_room;
+    attention_pack_rows(dev, s, w.Q + at, a.qkv + row * s.stride + h * HS, s.stride, queries);
+    attention_pack_rows(dev, s, w.dO + at, a.dout + row * wide + h * HS, wide, queries);
+    attention_pack_rows(dev, s, w.rows, a.out + row * s.out_stride + h * HS, s.out_stride, queries);
+    for (size_t i = 0; i < queries; i++) {
+        w.lse[g * B + i] = a.lse[h * a.N + row + i];
+        w.D[g * B + i] = row_kernels(dev).dot(w.dO + at + i * s.line_room, w.rows + i * s.line_room, HS);
+    }
+}
+
+// out: `lines` rows of one head, stride elements apart, = factor * sums.
+template <class X, class Real>
+void attention_backward_store(const Cpu<Real>& dev, const AttentionShape& s, const AttentionBackwardSpace<Real>& w,
+                              X* out, size_t stride, const Real* sums, size_t lines, Real factor) {
+    const size_t HS = size_t(s.HS);
+    attention_kernels(dev).scale(w.rows, s.line_room, sums, s.line_room, lines, HS, factor, nullptr, nullptr);
+    for (size_t i = 0; i < lines; i++) {
+        row_narrow(dev, out + i * stride, w.rows + i * s.line_room, HS);
+    }
+}
+
+template <class X, class Real>
+void attention_backward_task(const Cpu<Real>& dev, const AttentionShape& s, const AttentionBackwardSpace<Real>& w,
                              const AttentionGradients<X>& a, const AttentionTask& t) {
-    const size_t HS = size_t(s.HS), NR = size_t(s.NR), MR = size_t(s.MR), B = s.block, group = size_t(s.NH / s.NKV);
-    const size_t j1 = t.j1 < t.i1 ? t.j1 : t.i1;
-    const auto lines = [&](size_t block) { return t.length - block * B < B ? t.length - block * B : B; };
+    const size_t HS = size_t(s.HS), B = ATTENTION_BLOCK, room = block_room(B), block = B * s.line_room;
+    const size_t group = size_t(s.NH / s.NKV), j1 = t.j1 < t.i1 ? t.j1 : t.i1;
     const size_t k_at = size_t(s.NH + t.kv) * HS, v_at = size_t(s.NH + s.NKV + t.kv) * HS;
+    const Real scale = Real(1 / std::sqrt(double(HS)));
+    const auto lines = [&](size_t b) { return t.length - b * B < B ? t.length - b * B : B; };
     for (size_t j = t.j0; j < j1; j++) {
         const X* row = a.qkv + (t.first + j * B) * s.stride;
-        attention_pack_lines(dev, s, w.K + j * w.lines, row + k_at, s.stride, lines(j));
-        attention_pack_lines(dev, s, w.V + j * w.lines, row + v_at, s.stride, lines(j));
-        if (t.dq) {
-            attention_pack_channels(s, w.K_channels + j * w.channels, row + k_at, s.stride, lines(j), X(1));
-        }
+        attention_pack_rows(dev, s, w.K + j * block, row + k_at, s.stride, lines(j));
+        attention_kernels(dev).scale(w.rows, s.line_room, w.K + j * block, s.line_room, lines(j), HS, Real(s.scale),
+                                     nullptr, nullptr);
+        attention_pack_columns(dev, s, w.K_columns + j * HS * room, room, w.rows, lines(j));
+        attention_pack_rows(dev, s, w.rows, row + v_at, s.stride, lines(j));
+        attention_pack_columns(dev, s, w.V_columns + j * HS * room, room, w.rows, lines(j));
     }
-    for (size_t g = 0; g < group; g++) {
-        const size_t h = size_t(t.kv) * group + g;
-        for (size_t i = t.i0 > t.j0 ? t.i0 : t.j0; i < t.i1; i++) {
-            const size_t row = t.first + i * B, queries = lines(i);
-            attention_backward_queries(dev, s, w, a, h, row, queries);
-            for (size_t j = t.j0; j < j1 && j <= i; j++) {
-                const size_t keys = lines(j);
-                attention_backward_scores(dev, s, w, w.K + j * w.lines, w.V + j * w.lines, queries, keys, i == j);
-                for (size_t q = 0; t.dq && q < queries; q += NR) {
-                    const size_t seen = i == j && q + NR < keys ? q + NR : keys;
-                    attention_product(dev, s, w.dQ + q * HS, w.K_channels + j * w.channels, keys * MR, w.dS + q * B,
-                                      seen, HS, s.NR, j > 0);
-                }
-                if (t.dkv) {
-                    const bool add = g > 0 || i > j;
-                    attention_backward_keys(dev, s, w, w.dV + j * w.sums, w.dO_channels, w.S, queries, keys, i == j,
-                                            add);
-                    attention_backward_keys(dev, s, w, w.dK + j * w.sums, w.Q_channels, w.dS, queries, keys, i == j,
-                                            add);
-                }
+    for (size_t i = t.i0 > t.j0 ? t.i0 : t.j0; i < t.i1; i++) {
+        const size_t row = t.first + i * B, queries = lines(i), h = size_t(t.kv) * group;
+        for (size_t g = 0; g < group; g++) {
+            attention_backward_queries(dev, s, w, a, g, h + g, row, queries);
+        }
+        for (size_t j = t.j0; j < j1 && j <= i; j++) {
+            for (size_t g = 0; g < group; g++) {
+                attention_backward_block(dev, s, w, t, g, i, j, queries, lines(j));
             }
-            if (t.dq) {
-                const X scale = X(1 / std::sqrt(double(s.HS)));
-                attention_backward_store(dev, s, a.dqkv + row * a.dqkv_stride + h * HS, a.dqkv_stride, w.dQ, queries,
-                                         scale);
-            }
+        }
+        for (size_t g = 0; t.dq && g < group; g++) {
+            attention_backward_store(dev, s, w, a.dqkv + row * a.dqkv_stride + (h + g) * HS, a.dqkv_stride,
+                                     w.dQ + g * block, queries, scale);
         }
     }
     for (size_t j = t.j0; t.dkv && j < j1; j++) {
         X* row = a.dqkv + (t.first + j * B) * a.dqkv_stride;
-        attention_backward_store(dev, s, row + k_at, a.dqkv_stride, w.dK + j * w.sums, lines(j), X(1));
-        attention_backward_store(dev, s, row + v_at, a.dqkv_stride, w.dV + j * w.sums, lines(j), X(1));
+        attention_backward_store(dev, s, w, row + k_at, a.dqkv_stride, w.dK + j * block, lines(j), scale);
+        attention_backward_store(dev, s, w, row + v_at, a.dqkv_stride, w.dV + j * block, lines(j), Real(1));
     }
 }
 
-// dqkv (N, QKV), rows dqkv_stride apart, = the gradient for dout (N, NH*HS); out and lse as attention_forward left them.
+// dqkv (N, QKV), rows dqkv_stride apart, = the gradient for dout (N, NH*HS); out and lse as attention_forward left
+// them.
 template <class X>
 void attention_backward(Cpu<X>& dev, X* dqkv, size_t dqkv_stride, const X* dout, const X* out, size_t out_stride,
                         const typename Cpu<X>::real* lse, const X* qkv, const Documents& docs, size_t N, int NH,
                         int NKV, int HS) {
+    using Real = typename Cpu<X>::real;
     AttentionShape s = attention_shape(dev, NH, NKV, HS);
     s.out_stride = out_stride;
-    const int32_t* cu_seqlens = docs.cu_seqlens;
-    const int documents = docs.count;
-    const AttentionPlan plan = attention_plan(dev.threads, cu_seqlens, documents, NKV, s.block, true);
-    size_t longest = 0;
-    for (int d = 0; d < documents; d++) {
-        size_t length = size_t(cu_seqlens[d + 1] - cu_seqlens[d]);
-        longest = length > longest ? length : longest;
-    }
+    const AttentionPlan plan = attention_plan(dev.threads, docs.cu_seqlens, docs.count, NKV, true);
+    const size_t longest = attention_longest(docs);
+    const Cpu<Real> arithmetic = attention_arithmetic(dev);
     Arena arena = arena_of(dev), one;
-    attention_backward_space<X>(one, s, longest);
+    attention_backward_space<Real>(one, s, longest);
     char* space = arena_take<char>(arena, one.used * size_t(dev.threads));
     const AttentionGradients<X> a = {dqkv, dqkv_stride, dout, out, lse, qkv, N};
     parallel_tasks(dev.threads, plan.tasks, [&](size_t index, int worker) {
-        const AttentionTask t = attention_task(plan, index, cu_seqlens, NKV, s.block, true);
         Arena mine = {space + one.used * size_t(worker), 0, one.used};
-        attention_backward_task(dev, s, attention_backward_space<X>(mine, s, longest), a, t);
+        attention_backward_task(arithmetic, s, attention_backward_space<Real>(mine, s, longest), a,
+                                attention_task(plan, index, docs.cu_seqlens, NKV, true));
     });
 }
 
@@ -478,9 +534,10 @@ Documents documents_place(Cpu<X>&, int32_t* memory, const int32_t* cu_seqlens, i
 // Of forward and backward, for documents of at most `longest` tokens.
 template <class X>
 size_t attention_workspace(const Cpu<X>& dev, size_t, size_t longest, int NH, int NKV, int HS) {
+    using Real = typename Cpu<X>::real;
     const AttentionShape s = attention_shape(dev, NH, NKV, HS);
     Arena forward, backward;
-    attention_forward_space<X>(forward, s, longest);
-    attention_backward_space<X>(backward, s, longest);
+    attention_forward_space<Real>(forward, s, longest);
+    attention_backward_space<Real>(backward, s, longest);
     return (forward.used > backward.used ? forward.used : backward.used) * size_t(dev.threads);
 }

@@ -10,16 +10,16 @@
 
 constexpr size_t CLASSIFIER_LOGITS = size_t(1) << 24;                // elements of the logits of a chunk, at most ...
 constexpr size_t CLASSIFIER_ROWS = 512, CLASSIFIER_LEAST_ROWS = 48;  // ... within these bounds
-constexpr size_t CLASSIFIER_COLUMNS = 32 * GEMM_KC;                  // of dlogits, packed together
+constexpr size_t CLASSIFIER_COLUMNS = 8192;                          // of dlogits, packed together; whole blocks of KC
 
 template <class Real>
 struct ClassifierSpace {
-    Real* scratch;
-    size_t rows;    // of a chunk
-    Real* x;        // packed input of a chunk
-    Real* logits;   // (rows, V)
-    Real* dlogits;  // packed (rows, CLASSIFIER_COLUMNS)
-    Real* dx;       // (rows, C)
+    char* scratch;
+    size_t rows;           // of a chunk
+    Strips<Real> x;        // input of a chunk
+    Real* logits;          // (rows, V)
+    Strips<Real> dlogits;  // (rows, CLASSIFIER_COLUMNS)
+    Real* dx;              // (rows, C)
 };
 
 template <class X>
@@ -31,10 +31,10 @@ ClassifierSpace<typename Cpu<X>::real> classifier_space(const Cpu<X>& dev, Arena
     s.rows = s.rows > CLASSIFIER_LEAST_ROWS ? s.rows : CLASSIFIER_LEAST_ROWS;
     s.rows = s.rows < n ? s.rows : n;
     s.scratch = thread_scratch(dev, arena);
-    s.x = arena_take<Real>(arena, packed_elements(dev, s.rows, size_t(C)));
+    s.x = strips_take(arena, base_format(dev), s.rows, size_t(C));
     s.logits = arena_take<Real>(arena, s.rows * size_t(V));
     const size_t columns = size_t(V) < CLASSIFIER_COLUMNS ? size_t(V) : CLASSIFIER_COLUMNS;
-    s.dlogits = arena_take<Real>(arena, packed_elements(dev, s.rows, columns));
+    s.dlogits = strips_take(arena, base_format(dev), s.rows, columns);
     s.dx = arena_take<Real>(arena, s.rows * size_t(C));
     return s;
 }
@@ -53,7 +53,7 @@ void head_product(Cpu<X>& dev, Real* logits, const LinearInput<X, Real>& in, con
     Operand<X> x = operand_input<X>(in, head.cols);
     x.map = rows;
     pack_a(dev, s.x, x, false, n, size_t(head.cols), s.scratch);
-    Product<X> product;
+    Product<X, Real> product;
     product.c = logits;
     product.ldc = product.n = size_t(head.rows);
     product_add(product, s.x, size_t(head.cols), operand_weight<X>(head), false);
@@ -67,7 +67,7 @@ void head_backward(Cpu<X>& dev, const Matrix& head, size_t n, const ClassifierSp
     for (size_t first = 0; first < V; first += CLASSIFIER_COLUMNS) {
         size_t columns = V - first < CLASSIFIER_COLUMNS ? V - first : CLASSIFIER_COLUMNS;
         pack_a(dev, s.dlogits, operand_plain<X>(s.logits + first, V), false, n, columns, s.scratch);
-        Product<X> product;
+        Product<X, Real> product;
         product.c = s.dx;
         product.ldc = product.n = size_t(head.cols);
         product.add = first > 0;
@@ -111,7 +111,7 @@ void classifier(Cpu<X>& dev, typename Cpu<X>::real* losses, uint8_t* correct, X*
         parallel_tasks(worth_threads(dev, m * V, PACK_LEAST), m, [&](size_t i, int) {
             Real* logits = s.logits + i * V;
             const size_t label = size_t(labels[first + i]);
-            const RowKernels<Real>& kernels = row_kernels(dev);
+            const auto& kernels = row_kernels(dev);
             Real max = kernels.row_max(logits, V), target = logits[label];
             Real lse = max + std::log(kernels.exp_sum(logits, max, V));
             bool best = target == max;
@@ -129,7 +129,7 @@ void classifier(Cpu<X>& dev, typename Cpu<X>::real* losses, uint8_t* correct, X*
             head_backward(dev, head, m, s);
             parallel_ranges(dev.threads, m, PACK_LEAST / C + 1, [&](size_t begin, size_t end, int) {
                 for (size_t i = begin; i < end; i++) {
-                    memcpy(din + size_t(rows[first + i]) * C, s.dx + i * C, C * sizeof(X));
+                    row_convert(dev, din + size_t(rows[first + i]) * C, s.dx + i * C, C);
                 }
             });
         }

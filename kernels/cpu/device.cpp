@@ -11,14 +11,41 @@
 #include "kernels/cpu/parallel.h"
 #include "kernels/device.h"
 
+template <>
+bool device_math(Cpu<float>& dev, const char* math) {
+    const bool any = strcmp(math, "auto") == 0;
+    const GemmFormat<float>* base = strcmp(math, "int16") == 0 || (any && dev.isa->int16) ? dev.isa->int16
+                                    : strcmp(math, "fp32") == 0 || any                    ? dev.isa->fp32
+                                                                                          : nullptr;
+    if (base) {
+        dev.base = base;
+        dev.adapter = dev.isa->fp32;
+    }
+    return base != nullptr;
+}
+template <>
+bool device_math(Cpu<bf16>& dev, const char* math) {
+    const bool has = dev.isa->bf16 && (strcmp(math, "bf16") == 0 || strcmp(math, "auto") == 0);
+    if (has) {
+        dev.base = dev.adapter = dev.isa->bf16;
+    }
+    return has;
+}
+template <>
+bool device_math(Cpu<double>&, const char* math) {
+    return strcmp(math, "auto") == 0;
+}
+
 template <class X>
 void device_open(Cpu<X>& dev, int threads) {
     int machine = int(std::thread::hardware_concurrency());
     dev.threads = threads > 0 ? threads : machine > 0 ? machine : 1;
-    const char* name = getenv("TRAIN_LLAMA_CPU");
-    dev.isa = cpu_isa_choose(name && *name ? name : nullptr);
+    dev.isa = cpu_isa_asked();
     dev.workspace = nullptr;
     dev.workspace_bytes = 0;
+    if (dev.isa) {
+        device_math(dev, sizeof(X) == sizeof(float) ? "fp32" : "auto");
+    }
 }
 
 template <class X>
@@ -85,6 +112,7 @@ void device_reserve(Cpu<X>& dev, size_t bytes) {
     template void device_from(Cpu<X>&, void*, const void*, size_t); \
     template void device_reserve(Cpu<X>&, size_t);
 INSTANTIATE(float)
+INSTANTIATE(bf16)
 INSTANTIATE(double)
 
 void wait_passively(char** argv) {

@@ -1,5 +1,6 @@
 // The ops that treat each row, or each element, alone: embedding, RMSNorm, RoPE, SwiGLU. X and the statistics are
-// float, or double on Cpu<double>. Rows are shared out between the workers; a row's bits depend on nothing but the row.
+// float, or double on Cpu<double>; on Cpu<bf16> X is bf16, and everything between reading and writing it is float. Rows
+// are shared out between the workers; a row's bits depend on nothing but the row.
 //
 //   rstd = 1 / sqrt(mean(x^2) + eps)            norm(x) = x rstd w        (Zhang, Sennrich: RMSNorm, 2019)
 //   rope: (a, b) -> (a cos - b sin, b cos + a sin), pairs (i, i + HS/2)   (Su et al.: RoFormer, 2021; HF's half-split)
@@ -14,6 +15,19 @@
 // Rows that are worth a second worker: about 16,000 elements.
 inline size_t rows_grain(size_t width) {
     return width < 16384 ? 16384 / width : 1;
+}
+
+// out (cols) = one row, rounded.
+inline void matrix_row(const Cpu<bf16>& dev, bf16* out, const Matrix& m, size_t row) {
+    Cpu<float> single;
+    single.isa = dev.isa;
+    const size_t cols = size_t(m.cols), PART = 256;
+    float run[PART];
+    for (size_t i = 0; i < cols; i += PART) {
+        const size_t n = cols - i < PART ? cols - i : PART;
+        matrix_run(single, run, m, row * cols + i, n);
+        row_kernels(dev).narrow(out + i, run, n);
+    }
 }
 
 // out (N, C) = rows of wte (V, C). tokens: 0 <= token < V.
@@ -52,8 +66,8 @@ void rmsnorm_forward(Cpu<X>& dev, X* out, const X* x, const typename Cpu<X>::rea
 
 // dx (N, C), rows dx_stride apart, += the gradient for dout (N, C); w is frozen and gets none.
 template <class X>
-void rmsnorm_backward(Cpu<X>& dev, X* dx, size_t dx_stride, const X* dout, const X* x, const typename Cpu<X>::real* rstd,
-                      const typename Cpu<X>::real* w, size_t N, int C) {
+void rmsnorm_backward(Cpu<X>& dev, X* dx, size_t dx_stride, const X* dout, const X* x,
+                      const typename Cpu<X>::real* rstd, const typename Cpu<X>::real* w, size_t N, int C) {
     parallel_ranges(dev.threads, N, rows_grain(size_t(C)), [&](size_t begin, size_t end, int) {
         for (size_t row = begin; row < end; row++) {
             const size_t at = row * size_t(C);

@@ -1,26 +1,29 @@
 // The matrix engine: C (M, n) = or += a sum of products A B, whatever A and B are made of. Both operands are rewritten
-// into panels as they are used, so that a frozen 4-bit matrix, a norm, SwiGLU, dropout or a transposition costs one
-// pass over a panel and no memory of its own. It knows no model; linear.h and classifier.h put the pieces together.
+// as they are used into the layout of a format (format.h), so that a frozen 4-bit matrix, a norm, SwiGLU, dropout or a
+// transposition costs one pass over a panel and no memory of its own. It knows no model; linear.h and classifier.h put
+// the pieces together.
 //
-//   A, packed once for all threads      [K block of KC][tile of MR rows][k][MR]
-//   B, packed by the thread that needs it, in its own cache   [panel of NR columns][k][NR], at most KC x NC
-//   for a block of columns: for each K block: pack B; for each tile of rows, for each panel: the register tile
+//            K                           NC                      A, packed once for all threads:
+//        +-------+-------+       KC  +--+--+--+--+                 [block of KC][strip of MR rows][unit]
+//     MR | strip | strip |           |  |  |  |  | panels        B, packed by the thread that needs it, in its own cache:
+//        +-------+-------+           |  |  |  |  | of NR           [panel of NR columns][unit], KC deep and NC wide
+//        | strip | strip |  x        +--+--+--+--+
+//        +-------+-------+           |  |  |  |  |               for a block of columns: for each block of KC: pack B;
+//            KC      KC              +--+--+--+--+                 for each strip: multiply with all the panels
 //
-// An element is the sum over K blocks, in order, of sums over ascending k. Nothing of that depends on the number of
-// rows, on a row's place or on the threads, so neither do its bits.
+// An element is the sum over the terms and their blocks of KC, in order, of what the format makes of one block. Nothing
+// of that depends on the number of rows, on a row's place or on the threads, so neither do its bits.
 #pragma once
 #include <cstdio>
 #include <cstdlib>
+#include <type_traits>
 
+#include "kernels/cpu/format.h"
 #include "kernels/cpu/nf4.h"
 #include "kernels/cpu/parallel.h"
 #include "kernels/cpu/rows.h"
 #include "kernels/device.h"
 #include "kernels/types.h"
-
-constexpr size_t GEMM_KC = 256, GEMM_NC = 256;
-constexpr size_t GEMM_LINES = 16;           // rows that are transposed together
-constexpr size_t GEMM_LINE = GEMM_KC + 16;  // their stride: not a power of two, so that they do not share cache sets
 
 // ---- workspace ----
 
@@ -47,36 +50,37 @@ Arena arena_of(const Cpu<X>& dev) {
     return {dev.workspace, 0, dev.workspace_bytes};
 }
 
-// ---- leaves by type ----
+// ---- formats ----
 
-inline int tile_rows(const Cpu<float>& dev) {
-    return dev.isa->MR;
-}
-inline int tile_columns(const Cpu<float>& dev) {
-    return dev.isa->NR;
-}
-inline void gemm_tile(const Cpu<float>& dev, size_t k, const float* a, const float* b, float* c, size_t ldc, int mr,
-                      int nr, bool add) {
-    dev.isa->gemm_tile(k, a, b, c, ldc, mr, nr, add);
-}
-inline void transpose_lines(const Cpu<float>& dev, float* out, size_t ldo, int width, const float* in, size_t ldi,
-                            int n, size_t k) {
-    dev.isa->transpose(out, ldo, width, in, ldi, n, k);
+// What Cpu<double> computes in: the layout of fp32, one element after another.
+namespace format_double {
+constexpr int MR = 4, NR = 8;
+
+template <int WIDTH>
+void pack_lines(void* out, const double* in, size_t ldi, int n, size_t k) {
+    double* to = static_cast<double*>(out);
+    for (size_t i = 0; i < k; i++) {
+        for (int j = 0; j < WIDTH; j++) {
+            *to++ = j < n ? in[size_t(j) * ldi + i] : 0;
+        }
+    }
 }
 
-constexpr int DOUBLE_MR = 4, DOUBLE_NR = 8;
-inline int tile_rows(const Cpu<double>&) {
-    return DOUBLE_MR;
+template <int WIDTH>
+void pack_columns(void* out, const double* in, size_t ldi, int n, size_t k) {
+    double* to = static_cast<double*>(out);
+    for (size_t i = 0; i < k; i++) {
+        for (int j = 0; j < WIDTH; j++) {
+            *to++ = j < n ? in[i * ldi + size_t(j)] : 0;
+        }
+    }
 }
-inline int tile_columns(const Cpu<double>&) {
-    return DOUBLE_NR;
-}
-inline void gemm_tile(const Cpu<double>&, size_t k, const double* a, const double* b, double* c, size_t ldc, int mr,
-                      int nr, bool add) {
-    double sum[DOUBLE_MR][DOUBLE_NR] = {};
-    for (; k > 0; k--, a += DOUBLE_MR, b += DOUBLE_NR) {
-        for (int i = 0; i < DOUBLE_MR; i++) {
-            for (int j = 0; j < DOUBLE_NR; j++) {
+
+inline void tile(size_t k, const double* a, const double* b, double* c, size_t ldc, int mr, int nr, bool add) {
+    double sum[MR][NR] = {};
+    for (; k > 0; k--, a += MR, b += NR) {
+        for (int i = 0; i < MR; i++) {
+            for (int j = 0; j < NR; j++) {
                 sum[i][j] += a[i] * b[j];
             }
         }
@@ -88,6 +92,43 @@ inline void gemm_tile(const Cpu<double>&, size_t k, const double* a, const doubl
         }
     }
 }
+
+inline void multiply(size_t k, const void* a, const void* b, double* c, size_t ldc, int mr, size_t nc, bool add) {
+    const double* panel = static_cast<const double*>(b);
+    for (size_t j = 0; j < nc; j += NR, panel += k * NR) {
+        tile(k, static_cast<const double*>(a), panel, c + j, ldc, mr, int(nc - j < NR ? nc - j : NR), add);
+    }
+}
+
+inline const GemmFormat<double> format = {
+    "fp64",  MR,  NR,      1,       MR * sizeof(double), NR * sizeof(double), 256, 256, pack_lines<MR>, pack_columns<MR>,
+    pack_lines<NR>, pack_columns<NR>, nullptr, nullptr, nullptr, nullptr, nullptr, multiply, nullptr};
+}  // namespace format_double
+
+// The format of the frozen matrices, and the one of the adapters' own products.
+inline const GemmFormat<double>& base_format(const Cpu<double>&) {
+    return format_double::format;
+}
+inline const GemmFormat<double>& adapter_format(const Cpu<double>&) {
+    return format_double::format;
+}
+template <class X>
+const GemmFormat<float>& base_format(const Cpu<X>& dev) {
+    return *dev.base;
+}
+template <class X>
+const GemmFormat<float>& adapter_format(const Cpu<X>& dev) {
+    return *dev.adapter;
+}
+
+// Rows of the register tile, and a transposition, by themselves, for attention.
+inline int tile_rows(const Cpu<double>&) {
+    return format_double::MR;
+}
+template <class X>
+int tile_rows(const Cpu<X>& dev) {
+    return dev.isa->MR;
+}
 inline void transpose_lines(const Cpu<double>&, double* out, size_t ldo, int width, const double* in, size_t ldi, int n,
                             size_t k) {
     for (size_t i = 0; i < k; i++) {
@@ -95,6 +136,11 @@ inline void transpose_lines(const Cpu<double>&, double* out, size_t ldo, int wid
             out[i * ldo + size_t(j)] = j < n ? in[size_t(j) * ldi + i] : 0;
         }
     }
+}
+template <class X>
+void transpose_lines(const Cpu<X>& dev, float* out, size_t ldo, int width, const float* in, size_t ldi, int n,
+                     size_t k) {
+    dev.isa->transpose(out, ldo, width, in, ldi, n, k);
 }
 
 // ---- dropout ----
@@ -123,15 +169,35 @@ void dropout_run(const Cpu<X>& dev, Real* x, const Dropout& drop, uint32_t modul
 
 // ---- operands ----
 
+// A row in another type, rounded when it is narrower; or a copy.
+template <class X, class To, class From>
+void row_convert(const Cpu<X>& dev, To* out, const From* in, size_t n) {
+    if constexpr (std::is_same<To, From>::value) {
+        memcpy(out, in, n * sizeof *in);
+    } else if constexpr (std::is_same<From, X>::value) {
+        row_kernels(dev).widen(out, in, n);
+    } else {
+        row_kernels(dev).narrow(out, in, n);
+    }
+}
+inline const float* as_real(const float* p) {
+    return p;
+}
+inline const double* as_real(const double* p) {
+    return p;
+}
+inline const float* as_real(const bf16*) {
+    return nullptr;
+}
+
 // A matrix that is read in runs along its rows: element (row, column) of what is described, counted from (row0, col0).
 template <class X>
 struct Operand {
     using Real = typename Cpu<X>::real;
-    static_assert(sizeof(X) == sizeof(Real), "activations are packed as they are");
     enum Kind {
         WEIGHT,  // a frozen matrix
         PLAIN,   // scale * x, row stride ld
-        INPUT    // the input of a group, row `map[row]` when there is a map, under dropout when there is one
+        INPUT    // scale * the input of a group, row `map[row]` when there is a map, under dropout when there is one
     } kind = PLAIN;
     const Matrix* w = nullptr;
     const Real* x = nullptr;
@@ -152,8 +218,8 @@ Operand<X> operand_weight(const Matrix& w) {
     return op;
 }
 
-template <class X, class Real>
-Operand<X> operand_plain(const Real* x, size_t ld, Real scale = 1) {
+template <class X>
+Operand<X> operand_plain(const typename Cpu<X>::real* x, size_t ld, typename Cpu<X>::real scale = 1) {
     Operand<X> op;
     op.kind = Operand<X>::PLAIN;
     op.x = x;
@@ -171,6 +237,24 @@ Operand<X> operand_input(const LinearInput<X, Real>& in, int columns) {
     return op;
 }
 
+// Activations as they stand in memory, times scale.
+template <class X>
+Operand<X> operand_stored(const X* x, size_t ld, typename Cpu<X>::real scale = 1) {
+    LinearInput<X, typename Cpu<X>::real> in;
+    in.x = x;
+    in.stride = ld;
+    Operand<X> op = operand_input<X>(in, 0);
+    op.scale = scale;
+    return op;
+}
+
+template <class Real>
+void operand_scale(Real* x, Real scale, size_t n) {
+    for (size_t i = 0; i < n && scale != 1; i++) {
+        x[i] *= scale;
+    }
+}
+
 // out (n) = elements (row, column) .. (row, column + n).
 template <class X, class Real>
 void operand_run(const Cpu<X>& dev, Real* out, const Operand<X>& op, size_t row, size_t column, size_t n) {
@@ -181,83 +265,246 @@ void operand_run(const Cpu<X>& dev, Real* out, const Operand<X>& op, size_t row,
         return;
     }
     if (op.kind == Operand<X>::PLAIN) {
-        const Real* x = op.x + row * op.ld + column;
-        if (op.scale == 1) {
-            memcpy(out, x, n * sizeof(Real));
-            return;
-        }
-        for (size_t i = 0; i < n; i++) {
-            out[i] = op.scale * x[i];
-        }
+        memcpy(out, op.x + row * op.ld + column, n * sizeof(Real));
+        operand_scale(out, op.scale, n);
         return;
     }
     row = op.map ? size_t(op.map[row]) : row;
     const X* x = op.in.x + row * op.in.stride + column;
+    const auto& kernels = row_kernels(dev);
     switch (op.in.kind) {
-        case LinearInput<X, Real>::PLAIN: memcpy(out, x, n * sizeof(Real)); break;
-        case LinearInput<X, Real>::RMSNORM:
-            row_kernels(dev).norm_mul(out, x, op.in.rstd[row], op.in.norm_w + column, n);
-            break;
-        case LinearInput<X, Real>::SWIGLU: row_kernels(dev).silu_mul(out, x, x + op.ld, n); break;
+        case LinearInput<X, Real>::PLAIN: row_convert(dev, out, x, n); break;
+        case LinearInput<X, Real>::RMSNORM: kernels.norm_mul_wide(out, x, op.in.rstd[row], op.in.norm_w + column, n); break;
+        case LinearInput<X, Real>::SWIGLU: kernels.silu_mul_wide(out, x, x + op.ld, n); break;
     }
     if (op.drop) {
         dropout_run(dev, out, *op.drop, op.module, row, column, n);
     }
+    operand_scale(out, op.scale, n);
 }
 
 // Where rows of the operand stand in memory as they are, the first of them and *ld from one to the next; else nullptr.
 template <class X>
+const X* operand_stored_at(const Operand<X>& op, size_t row, size_t column, size_t* ld) {
+    *ld = op.in.stride;
+    const bool stored = op.kind == Operand<X>::INPUT && op.in.kind == op.in.PLAIN && !op.map && !op.drop && op.scale == 1;
+    return stored ? op.in.x + (row + op.row0) * *ld + column + op.col0 : nullptr;
+}
+template <class X>
 const typename Cpu<X>::real* operand_in_place(const Operand<X>& op, size_t row, size_t column, size_t* ld) {
-    const bool plain = op.kind == Operand<X>::PLAIN && op.scale == 1;
-    const bool input = op.kind == Operand<X>::INPUT && op.in.kind == op.in.PLAIN && !op.map && !op.drop;
-    *ld = plain ? op.ld : op.in.stride;
-    return plain || input ? (plain ? op.x : op.in.x) + (row + op.row0) * *ld + column + op.col0 : nullptr;
+    if (op.kind == Operand<X>::PLAIN && op.scale == 1) {
+        *ld = op.ld;
+        return op.x + (row + op.row0) * *ld + column + op.col0;
+    }
+    return as_real(operand_stored_at(op, row, column, ld));
 }
 
-// Packs (k)(width) panels, one after another, of the inner indices first .. first + n and the reduction indices
-// k0 .. k0 + k. along = false: inner indices are rows of the operand, which is transposed on the way; true: they are
-// its columns. lines: GEMM_LINES * GEMM_LINE of scratch.
+// ---- packing ----
+
+// Lines of floats on their way from an operand into a strip or panel.
+constexpr size_t LINES_ROOM = 64 * 144;  // elements
+constexpr size_t LINES_DEPTH = 64;       // a multiple of every format's unit
+
+// One strip of A or one panel of B at `out`: its inner indices first .. first + n are rows of the operand, the reduction
+// k0 .. k0 + k runs along them.
 template <class X, class Real>
-void pack_panels(const Cpu<X>& dev, Real* panels, int width, const Operand<X>& op, bool along, size_t first, size_t n,
-                 size_t k0, size_t k, Real* lines) {
-    const size_t w = size_t(width);
-    if (along) {  // n <= GEMM_LINES * GEMM_LINE
-        const size_t padded = (n + w - 1) / w * w;
-        for (size_t i = n; i < padded; i++) {
-            lines[i] = 0;
-        }
-        for (size_t i = 0; i < k; i++) {
-            operand_run(dev, lines, op, k0 + i, first, n);
-            for (size_t j = 0; j < padded; j += w) {
-                memcpy(panels + j * k + i * w, lines + j, w * sizeof(Real));
-            }
-        }
+void pack_lines(const Cpu<X>& dev, const GemmFormat<Real>& f, bool is_a, char* out, const Operand<X>& op, size_t first,
+                int n, size_t k0, size_t k, Real* lines) {
+    const auto pack = is_a ? f.pack_a_lines : f.pack_b_lines;
+    size_t ld = 0;
+    if (const Real* in = operand_in_place(op, first, k0, &ld)) {
+        pack(out, in, ld, n, k);
         return;
     }
-    for (size_t begin = 0; begin < n; begin += w, panels += k * w) {
-        for (size_t j = 0; j < w; j += GEMM_LINES) {
-            size_t count = w - j < GEMM_LINES ? w - j : GEMM_LINES;
-            size_t have = n <= begin + j ? 0 : n - begin - j < count ? n - begin - j : count;
-            size_t ld = 0;
-            const Real* from = operand_in_place(op, first + begin + j, k0, &ld);
-            if (!from) {
-                for (size_t i = 0; i < have; i++) {
-                    operand_run(dev, lines + i * GEMM_LINE, op, first + begin + j + i, k0, k);
-                }
-                from = lines;
-                ld = GEMM_LINE;
-            }
-            transpose_lines(dev, panels + j, w, int(count), from, ld, int(have), k);
+    if constexpr (std::is_same<X, bf16>::value) {
+        const bf16* in = operand_stored_at(op, first, k0, &ld);
+        if (in && (is_a ? f.pack_a_bf16_lines : f.pack_b_bf16_lines)) {
+            (is_a ? f.pack_a_bf16_lines : f.pack_b_bf16_lines)(out, in, ld, n, k);
+            return;
         }
+    }
+    // The stride is no power of two, so that lines do not share cache sets.
+    const size_t depth = LINES_ROOM / size_t(n) / LINES_DEPTH * LINES_DEPTH - LINES_DEPTH, stride = depth + 16;
+    for (size_t i = 0; i < k; i += depth) {
+        const size_t part = k - i < depth ? k - i : depth;
+        for (int j = 0; j < n; j++) {
+            operand_run(dev, lines + size_t(j) * stride, op, first + size_t(j), k0 + i, part);
+        }
+        pack(out + i / f.unit * (is_a ? f.a_unit : f.b_unit), lines, stride, n, part);
+    }
+}
+
+// The strips or panels, one after another at `out`, of the columns first .. first + n of the operand; the reduction
+// k0 .. k0 + k runs down its rows.
+template <class X, class Real>
+void pack_columns(const Cpu<X>& dev, const GemmFormat<Real>& f, bool is_a, char* out, const Operand<X>& op,
+                  size_t first, size_t n, size_t k0, size_t k, Real* lines) {
+    const auto pack = is_a ? f.pack_a_columns : f.pack_b_columns;
+    const size_t width = size_t(is_a ? f.MR : f.NR), unit = is_a ? f.a_unit : f.b_unit;
+    const size_t panel = (k + f.unit - 1) / f.unit * unit;
+    const size_t group = LINES_ROOM / LINES_DEPTH / width * width;
+    for (size_t j0 = 0; j0 < n; j0 += group) {
+        const size_t columns = n - j0 < group ? n - j0 : group;
+        for (size_t i = 0; i < k; i += LINES_DEPTH) {
+            const size_t part = k - i < LINES_DEPTH ? k - i : LINES_DEPTH;
+            size_t ld = 0;
+            const Real* in = operand_in_place(op, k0 + i, first + j0, &ld);
+            if (!in) {
+                for (size_t line = 0; line < part; line++) {
+                    operand_run(dev, lines + line * columns, op, k0 + i + line, first + j0, columns);
+                }
+                in = lines;
+                ld = columns;
+            }
+            for (size_t j = 0; j < columns; j += width) {
+                pack(out + (j0 + j) / width * panel + i / f.unit * unit, in + j, ld,
+                     int(columns - j < width ? columns - j : width), part);
+            }
+        }
+    }
+}
+
+// Scratch of one thread: panels of B, lines, absmax of the blocks that go into a panel, and a block of C before it is
+// rounded.
+template <class Real>
+struct ThreadScratch {
+    char* panels;
+    Real *lines, *sums;
+    float* absmax;
+};
+constexpr size_t SUMS_ROWS = 576;  // of a block of C that is rounded when it is whole: 590 KB of the second cache
+
+inline size_t round_up(size_t n, size_t to) {
+    return (n + to - 1) / to * to;
+}
+
+template <class X>
+size_t panels_room(const Cpu<X>& dev) {
+    const auto room = [&](const auto& f) { return base_format(dev).NC / size_t(f.NR) * panel_bytes(f, f.KC); };
+    const size_t base = room(base_format(dev)), adapter = room(adapter_format(dev));
+    return round_up(base > adapter ? base : adapter, 64);
+}
+template <class X>
+size_t absmax_room(const Cpu<X>& dev) {
+    return base_format(dev).KC * base_format(dev).NC / 64;
+}
+template <class X>
+size_t sums_room(const Cpu<X>& dev) {
+    return sizeof(X) == sizeof(typename Cpu<X>::real) ? 0 : SUMS_ROWS * base_format(dev).NC;
+}
+template <class X>
+size_t scratch_bytes(const Cpu<X>& dev) {
+    return panels_room(dev) + (LINES_ROOM + sums_room(dev)) * sizeof(typename Cpu<X>::real) +
+           round_up(absmax_room(dev) * sizeof(float), 64);
+}
+
+// Scratch of all threads; taken first by every op.
+template <class X>
+char* thread_scratch(const Cpu<X>& dev, Arena& arena) {
+    return arena_take<char>(arena, size_t(dev.threads) * scratch_bytes(dev));
+}
+
+template <class X>
+ThreadScratch<typename Cpu<X>::real> scratch_of(const Cpu<X>& dev, char* scratch, int worker) {
+    using Real = typename Cpu<X>::real;
+    char* p = scratch + size_t(worker) * scratch_bytes(dev);
+    Real *lines = reinterpret_cast<Real*>(p + panels_room(dev)), *sums = lines + LINES_ROOM;
+    return {p, lines, sums, reinterpret_cast<float*>(sums + sums_room(dev))};
+}
+
+// The absmax of `blocks` blocks in each of n rows of the matrix from (row, column): absmax[j * blocks + b].
+template <class X>
+const float* absmax_of(const Cpu<X>& dev, float* absmax, const Matrix& w, size_t row, size_t column, size_t n,
+                              size_t blocks, size_t* lda) {
+    const size_t in_row = size_t(w.cols) / 64, first = row * in_row + column / 64;
+    if (w.absmax32) {
+        *lda = in_row;
+        return w.absmax32 + first;
+    }
+    *lda = blocks;
+    for (size_t j = 0; j < n; j++) {
+        dev.isa->nf4_absmax(absmax + j * blocks, w.absmax8, w.absmax2, w.map8, w.offset, first + j * in_row, blocks);
+    }
+    return absmax;
+}
+
+// The panels of a frozen matrix by the format's own packer; false where it has none for it. lines: as in pack_lines.
+template <class X, class Real>
+bool pack_weight(const Cpu<X>&, const GemmFormat<Real>&, const ThreadScratch<Real>&, const Operand<X>&, bool, size_t,
+                 size_t, size_t, size_t) {
+    return false;  // Cpu<double>
+}
+template <class X>
+bool pack_weight(const Cpu<X>& dev, const GemmFormat<float>& f, const ThreadScratch<float>& s, const Operand<X>& op,
+                 bool along, size_t first, size_t n, size_t k0, size_t k) {
+    if (op.kind != Operand<X>::WEIGHT) {
+        return false;
+    }
+    const Matrix& w = *op.w;
+    const size_t row = op.row0 + (along ? k0 : first), column = op.col0 + (along ? first : k0), cols = size_t(w.cols);
+    const size_t width = size_t(f.NR), panel = panel_bytes(f, k);
+    if (w.store == Store::NF4 && cols % 64 == 0 && column % 64 == 0 && (along ? f.pack_b_nf4_columns != nullptr && n % 64 == 0 && n % width == 0
+                                                        : f.pack_b_nf4_lines != nullptr)) {
+        const uint8_t* codes = w.codes + (row * cols + column) / 2;
+        size_t lda = 0;
+        if (along) {
+            const float* absmax = absmax_of(dev, s.absmax, w, row, column, k, n / 64, &lda);
+            f.pack_b_nf4_columns(s.panels, codes, cols / 2, absmax, lda, n, k);
+            return true;
+        }
+        for (size_t j = 0; j < n; j += width) {
+            const size_t have = n - j < width ? n - j : width;
+            const float* absmax = absmax_of(dev, s.absmax, w, row + j, column, have, (k + 63) / 64, &lda);
+            f.pack_b_nf4_lines(s.panels + j / width * panel, codes + j * cols / 2, cols / 2, absmax, lda, int(have), k);
+        }
+        return true;
+    }
+    if (w.store == Store::BF16 && (along ? f.pack_b_bf16_columns : f.pack_b_bf16_lines) != nullptr) {
+        const bf16* in = static_cast<const bf16*>(w.data) + row * cols + column;
+        for (size_t j = 0; j < n; j += width) {
+            (along ? f.pack_b_bf16_columns : f.pack_b_bf16_lines)(s.panels + j / width * panel, in + (along ? j : j * cols), cols,
+                                 int(n - j < width ? n - j : width), k);
+        }
+        return true;
+    }
+    return false;
+}
+
+// The panels of B for the columns first .. first + n of C and the reduction indices k0 .. k0 + k. along = false: these
+// columns are rows of the operand; true: they are its columns.
+template <class X, class Real>
+void pack_b(const Cpu<X>& dev, const GemmFormat<Real>& f, const ThreadScratch<Real>& s, const Operand<X>& op, bool along,
+            size_t first, size_t n, size_t k0, size_t k) {
+    if (pack_weight(dev, f, s, op, along, first, n, k0, k)) {
+        return;
+    }
+    if (along) {
+        pack_columns(dev, f, false, s.panels, op, first, n, k0, k, s.lines);
+        return;
+    }
+    const size_t width = size_t(f.NR);
+    for (size_t j = 0; j < n; j += width) {
+        pack_lines(dev, f, false, s.panels + j / width * panel_bytes(f, k), op, first + j,
+                   int(n - j < width ? n - j : width), k0, k, s.lines);
     }
 }
 
 // ---- A ----
 
-template <class X>
-size_t packed_elements(const Cpu<X>& dev, size_t M, size_t K) {
-    size_t mr = size_t(tile_rows(dev));
-    return (M + mr - 1) / mr * mr * K;
+// A, packed: M rows and K reduction indices.
+template <class Real>
+struct Strips {
+    const GemmFormat<Real>* f = nullptr;
+    char* p = nullptr;
+};
+
+template <class Real>
+size_t strips_of(const GemmFormat<Real>& f, size_t M) {
+    return (M + size_t(f.MR) - 1) / size_t(f.MR);
+}
+template <class Real>
+Strips<Real> strips_take(Arena& arena, const GemmFormat<Real>& f, size_t M, size_t K) {
+    return {&f, arena_take<char>(arena, strips_of(f, M) * strip_bytes(f, K))};
 }
 
 // Small work is not worth waking the others; elements are packed, or products of three sizes.
@@ -267,22 +514,25 @@ int worth_threads(const Cpu<X>& dev, size_t work, size_t least) {
 }
 constexpr size_t PACK_LEAST = 32768, GEMM_LEAST = 1 << 20;
 
-// Scratch of the threads; taken first by every op.
-template <class X>
-typename Cpu<X>::real* thread_scratch(const Cpu<X>& dev, Arena& arena) {
-    return arena_take<typename Cpu<X>::real>(arena, size_t(dev.threads) * (GEMM_KC * GEMM_NC + GEMM_LINES * GEMM_LINE));
-}
-
-// packed (packed_elements) = A (M, K): M rows of the operand, or (along) M of its columns.
+// packed = A (M, K): M rows of the operand, or (along) M of its columns.
 template <class X, class Real>
-void pack_a(const Cpu<X>& dev, Real* packed, const Operand<X>& op, bool along, size_t M, size_t K, Real* scratch) {
-    const size_t mr = size_t(tile_rows(dev)), tiles = (M + mr - 1) / mr, group = 8;
-    const size_t groups = (tiles + group - 1) / group, blocks = (K + GEMM_KC - 1) / GEMM_KC;
+void pack_a(const Cpu<X>& dev, const Strips<Real>& packed, const Operand<X>& op, bool along, size_t M, size_t K,
+            char* scratch) {
+    const GemmFormat<Real>& f = *packed.f;
+    const size_t mr = size_t(f.MR), strips = strips_of(f, M), group = (48 + mr - 1) / mr;
+    const size_t groups = (strips + group - 1) / group, blocks = (K + f.KC - 1) / f.KC;
     parallel_tasks(worth_threads(dev, M * K, PACK_LEAST), groups * blocks, [&](size_t task, int worker) {
-        size_t k0 = task / groups * GEMM_KC, k = K - k0 < GEMM_KC ? K - k0 : GEMM_KC;
-        size_t row = task % groups * group * mr, rows = M - row < group * mr ? M - row : group * mr;
-        pack_panels(dev, packed + tiles * mr * k0 + row * k, int(mr), op, along, row, rows, k0, k,
-                    scratch + size_t(worker) * GEMM_LINES * GEMM_LINE);
+        const size_t k0 = task / groups * f.KC, k = K - k0 < f.KC ? K - k0 : f.KC;
+        const size_t row0 = task % groups * group * mr, row1 = M - row0 < group * mr ? M : row0 + group * mr;
+        char* out = packed.p + strips * strip_bytes(f, k0) + row0 / mr * strip_bytes(f, k);
+        Real* lines = scratch_of(dev, scratch, worker).lines;
+        if (along) {
+            pack_columns(dev, f, true, out, op, row0, row1 - row0, k0, k, lines);
+            return;
+        }
+        for (size_t row = row0; row < row1; row += mr, out += strip_bytes(f, k)) {
+            pack_lines(dev, f, true, out, op, row, int(row1 - row < mr ? row1 - row : mr), k0, k, lines);
+        }
     });
 }
 
@@ -291,7 +541,7 @@ void pack_a(const Cpu<X>& dev, Real* packed, const Operand<X>& op, bool along, s
 // One product: A packed, K long, and B: columns are rows of the operand (along = false) or its columns (true).
 template <class X>
 struct Term {
-    const typename Cpu<X>::real* a = nullptr;
+    Strips<typename Cpu<X>::real> a;
     size_t K = 0;
     Operand<X> b;
     bool along = false;
@@ -299,88 +549,134 @@ struct Term {
 
 constexpr int MAX_TERMS = 6;  // three linears and their adapters
 
-// c (M, n), row stride ldc, = [residual, same stride, may be c itself +] the sum of the terms; add: += instead.
-template <class X>
+// c (M, n), row stride ldc, = [residual, same stride, may be c itself +] the sum of the terms; add: += instead. Out: X
+// for activations, or real. The sum is made in real and rounded once.
+template <class X, class Out>
 struct Product {
-    typename Cpu<X>::real* c = nullptr;
+    Out* c = nullptr;
     size_t ldc = 0, n = 0;
-    const typename Cpu<X>::real* residual = nullptr;
+    const Out* residual = nullptr;
     bool add = false;
     int terms = 0;
     Term<X> term[MAX_TERMS];
 };
 
-template <class X>
-void product_add(Product<X>& p, const typename Cpu<X>::real* a, size_t K, const Operand<X>& b, bool along) {
+template <class X, class Out>
+void product_add(Product<X, Out>& p, const Strips<typename Cpu<X>::real>& a, size_t K, const Operand<X>& b,
+                 bool along) {
     p.term[p.terms++] = {a, K, b, along};
 }
 
-// The columns n0 .. n0 + nc and the rows row0 .. row1 (row0 a multiple of the tile's) of one product, by one thread.
-template <class X, class Real>
-void gemm_block(const Cpu<X>& dev, const Product<X>& p, size_t M, size_t n0, size_t nc, size_t row0, size_t row1,
-                Real* panels) {
-    const size_t mr = size_t(tile_rows(dev)), nr = size_t(tile_columns(dev)), tiles = (M + mr - 1) / mr;
-    bool add = p.add;
-    if (p.residual) {
-        for (size_t i = row0; i < row1 && p.residual != p.c; i++) {
-            memcpy(p.c + i * p.ldc + n0, p.residual + i * p.ldc + n0, nc * sizeof(Real));
+// The columns n0 .. n0 + nc and the rows row0 .. row1 (row0 a multiple of every format's MR) of one product, by one
+// thread.
+template <class X, class Out, class Real>
+void gemm_block(const Cpu<X>& dev, const Product<X, Out>& p, size_t M, size_t n0, size_t nc, size_t row0, size_t row1,
+                const ThreadScratch<Real>& s) {
+    constexpr bool in_place = std::is_same<Out, Real>::value;
+    Out* out = p.c + row0 * p.ldc + n0;
+    Real* sum = s.sums;
+    size_t lds = nc;
+    if constexpr (in_place) {
+        sum = out;
+        lds = p.ldc;
+    }
+    const Out* from = p.add ? p.c : p.residual;
+    bool add = from != nullptr;
+    if (add && !(in_place && from == p.c)) {
+        for (size_t i = row0; i < row1; i++) {
+            row_convert(dev, sum + (i - row0) * lds, from + i * p.ldc + n0, nc);
         }
-        add = true;
     }
     for (int t = 0; t < p.terms; t++) {
         const Term<X>& term = p.term[t];
-        for (size_t k0 = 0; k0 < term.K; k0 += GEMM_KC, add = true) {
-            size_t k = term.K - k0 < GEMM_KC ? term.K - k0 : GEMM_KC;
-            pack_panels(dev, panels, int(nr), term.b, term.along, n0, nc, k0, k, panels + GEMM_KC * GEMM_NC);
-            for (size_t row = row0; row < row1; row += mr) {
-                const Real* a = term.a + tiles * mr * k0 + row * k;
-                int rows = int(row1 - row < mr ? row1 - row : mr);
-                for (size_t j = 0; j < nc; j += nr) {
-                    gemm_tile(dev, k, a, panels + j * k, p.c + row * p.ldc + n0 + j, p.ldc, rows,
-                              int(nc - j < nr ? nc - j : nr), add);
-                }
+        const GemmFormat<Real>& f = *term.a.f;
+        const size_t mr = size_t(f.MR), strips = strips_of(f, M);
+        for (size_t k0 = 0; k0 < term.K; k0 += f.KC, add = true) {
+            const size_t k = term.K - k0 < f.KC ? term.K - k0 : f.KC, strip = strip_bytes(f, k);
+            pack_b(dev, f, s, term.b, term.along, n0, nc, k0, k);
+            const char* a = term.a.p + strips * strip_bytes(f, k0) + row0 / mr * strip;
+            for (size_t row = row0; row < row1; row += mr, a += strip) {
+                f.multiply(k, a, s.panels, sum + (row - row0) * lds, lds, int(row1 - row < mr ? row1 - row : mr), nc,
+                           add);
             }
+        }
+    }
+    if constexpr (!in_place) {
+        for (size_t i = 0; i < row1 - row0; i++) {
+            row_convert(dev, out + i * p.ldc, sum + i * lds, nc);
         }
     }
 }
 
-// All products share M and are independent. Their blocks of columns are dealt to the threads; where there are too few,
-// blocks become narrower and then shorter, which moves no bit.
-template <class X, class Real>
-void gemm(const Cpu<X>& dev, const Product<X>* products, int count, size_t M, Real* scratch) {
-    const size_t mr = size_t(tile_rows(dev)), nr = size_t(tile_columns(dev)), tiles = (M + mr - 1) / mr;
+// How products are cut: blocks of nc columns and `band` rows.
+struct GemmCut {
+    size_t nc, band;
+};
+
+// The cheapest cut for this many threads, by a count in units of one element's products: a block's columns cost its
+// rows and the packing of B (as much as PACK_ROWS rows), and every strip is brought from memory once a block (as much
+// as STRIP_COLUMNS columns). Rows are cut where columns do not go round.
+template <class X, class Out>
+GemmCut gemm_cut(const Cpu<X>& dev, const Product<X, Out>* products, int count, size_t M, size_t threads) {
+    constexpr size_t PACK_ROWS = 10, STRIP_COLUMNS = 12, ROWS = 96;  // ROWS: a multiple of every MR
+    const size_t longest = std::is_same<Out, typename Cpu<X>::real>::value ? M : SUMS_ROWS;
+    const size_t least_nc = 64, widest_nc = base_format(dev).NC;  // whole panels and whole blocks of NF4
+    size_t most = 0;
+    for (int i = 0; i < count; i++) {
+        most = products[i].n > most ? products[i].n : most;
+    }
+    const size_t widest = most < widest_nc ? round_up(most, least_nc) : widest_nc;
+    GemmCut best = {};
+    size_t least = ~size_t(0);
+    const size_t fewest = (M + longest - 1) / longest;
+    for (size_t bands = fewest; bands <= fewest * threads && (bands == fewest || M > (bands - 1) * ROWS); bands++) {
+        const size_t band = round_up((M + bands - 1) / bands, ROWS);
+        for (size_t nc = widest; nc > 0; nc -= least_nc) {
+            size_t blocks = 0;
+            for (int i = 0; i < count; i++) {
+                blocks += (products[i].n + nc - 1) / nc;
+            }
+            const size_t rounds = (blocks * ((M + band - 1) / band) + threads - 1) / threads;
+            const size_t rows = band < M ? band : M, cost = rounds * (nc + STRIP_COLUMNS) * (rows + PACK_ROWS);
+            if (cost < least) {
+                least = cost;
+                best = {nc, band};
+            }
+        }
+    }
+    return best;
+}
+
+// All products share M and are independent. Blocks are dealt to the threads as they become free; how they are cut moves
+// no bit.
+template <class X, class Out>
+void gemm(const Cpu<X>& dev, const Product<X, Out>* products, int count, size_t M, char* scratch) {
+    if (count == 0) {
+        return;
+    }
     size_t work = 0;
     for (int i = 0; i < count; i++) {
         for (int t = 0; t < products[i].terms; t++) {
             work += M * products[i].n * products[i].term[t].K;
         }
     }
-    const size_t threads = size_t(worth_threads(dev, work, GEMM_LEAST));
-    size_t nc = GEMM_NC, blocks = 0, bands = 1;
-    for (;; nc /= 2) {
-        blocks = 0;
-        for (int i = 0; i < count; i++) {
-            blocks += (products[i].n + nc - 1) / nc;
-        }
-        if (threads == 1 || blocks >= 4 * threads || nc <= nr || nc <= 64) {
-            break;
-        }
+    const int threads = worth_threads(dev, work, GEMM_LEAST);
+    const GemmCut cut = gemm_cut(dev, products, count, M, size_t(threads));
+    const size_t bands = (M + cut.band - 1) / cut.band;
+    size_t blocks = 0;
+    for (int i = 0; i < count; i++) {
+        blocks += (products[i].n + cut.nc - 1) / cut.nc;
     }
-    while (threads > 1 && blocks * bands < 2 * threads && tiles / bands >= 8) {
-        bands *= 2;
-    }
-    const size_t band = (tiles + bands - 1) / bands * mr;
-    parallel_tasks(int(threads), blocks * bands, [&](size_t task, int worker) {
-        size_t block = task / bands, row0 = task % bands * band;
-        const Product<X>* p = products;
-        while (block >= (p->n + nc - 1) / nc) {
-            block -= (p->n + nc - 1) / nc;
+    parallel_tasks(threads, blocks * bands, [&](size_t task, int worker) {
+        size_t block = task / bands;
+        const size_t row0 = task % bands * cut.band;
+        const Product<X, Out>* p = products;
+        while (block >= (p->n + cut.nc - 1) / cut.nc) {
+            block -= (p->n + cut.nc - 1) / cut.nc;
             p++;
         }
-        if (row0 < M) {
-            size_t n0 = block * nc, columns = p->n - n0 < nc ? p->n - n0 : nc;
-            gemm_block(dev, *p, M, n0, columns, row0, M - row0 < band ? M : row0 + band,
-                       scratch + size_t(worker) * (GEMM_KC * GEMM_NC + GEMM_LINES * GEMM_LINE));
-        }
+        const size_t n0 = block * cut.nc, columns = p->n - n0 < cut.nc ? p->n - n0 : cut.nc;
+        gemm_block(dev, *p, M, n0, columns, row0, M - row0 < cut.band ? M : row0 + cut.band,
+                   scratch_of(dev, scratch, worker));
     });
 }

@@ -1,11 +1,13 @@
 // The leaf kernels of one instruction tier, as a table of plain functions. Each tier is one translation unit
-// isa_{ref,avx2,avx512}.cpp that is built with that tier's flags and exports one table; everything else is built for
-// the plain target. A leaf touches the memory it is given and calls nothing outside its unit. OpenMP, allocation and
-// shapes belong to the callers.
+// isa_{ref,avx2,avx512,avx512vnni,amx}.cpp that is built with that tier's flags; the first three export a table, the
+// last two what they add to the table of avx512. Everything else is built for the plain target. A leaf touches the memory
+// it is given and calls nothing outside its unit. OpenMP, allocation and shapes belong to the callers.
 #pragma once
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels/cpu/format.h"
+#include "kernels/cpu/isa_attention.h"
 #include "kernels/cpu/isa_rows.h"
 
 // The 16 values of NF4 (QLoRA, Dettmers et al. 2023, appendix E), ascending: quantiles of N(0, 1) scaled to [-1, 1].
@@ -27,16 +29,19 @@ constexpr float NF4_CODE[16] = {-1.0f,
                                 1.0f};
 
 struct CpuIsa {
-    const char* name;  // ref, avx2, avx512
-    int MR, NR;        // rows and columns of the register tile
+    const char* name;  // ref, avx2, avx512, avx512vnni, amx
+    // Its arithmetics; nullptr where the tier lacks one. fp32 is always there.
+    const GemmFormat<float>*fp32, *int16, *bf16;
 
-    // c (mr, nr), row stride ldc, = or (add) += the product of the panels a (k)(MR) and b (k)(NR); mr <= MR, nr <= NR.
-    // Panels are padded with zeros to MR and NR. Each element is summed over k in ascending order in one accumulator,
-    // so that its bits depend on neither mr, nr nor its place in the tile.
-    void (*gemm_tile)(size_t k, const float* a, const float* b, float* c, size_t ldc, int mr, int nr, bool add);
+    int MR;  // rows of the fp32 format's register tile, which is attention's as well
 
     // out (k, width), row stride ldo: out[i][j] = in[j][i] for j < n, 0 for n <= j < width; in (n, k), row stride ldi.
     void (*transpose)(float* out, size_t ldo, int width, const float* in, size_t ldi, int n, size_t k);
+
+    // out (n): the absmax first .. first + n of a matrix that is quantised twice, map8[absmax8[b]] * absmax2[b / 256],
+    // rounded, + offset, rounded.
+    void (*nf4_absmax)(float* out, const uint8_t* absmax8, const float* absmax2, const float* map8, float offset,
+                       size_t first, size_t n);
 
     // out (n): the NF4 weights first .. first + n of a tensor as the matmul sees them, round_to_bf16(code * absmax).
     // codes from the start of the tensor; absmax[0] belongs to the block of weight `first` and is finite.
@@ -53,8 +58,12 @@ struct CpuIsa {
     size_t (*fma_loop)(size_t n, float* sink);
 
     CpuRows rows;  // exp, softmax, norms, SwiGLU over one row
+    AttentionKernels<float> attention;
 };
 
 extern const CpuIsa cpu_isa_ref, cpu_isa_avx2, cpu_isa_avx512;
+extern const GemmFormat<float> gemm_int16_avx512vnni, gemm_bf16_amx;
 // The best tier of this processor, or the one named; nullptr when it is unknown or the processor lacks it.
 const CpuIsa* cpu_isa_choose(const char* name_or_null);
+// The one that the environment variable TRAIN_LLAMA_CPU names (for tests), or the best.
+const CpuIsa* cpu_isa_asked();

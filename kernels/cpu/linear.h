@@ -13,15 +13,16 @@
 #include "kernels/cpu/gemm.h"
 
 constexpr size_t DROPOUT_ROWS = 192;  // rows of a chunk
+constexpr size_t DROPOUT_LINE = 256;  // elements that are added at a time
 
 // ---- workspace ----
 
 template <class Real>
 struct LinearForwardSpace {
-    Real* scratch;
-    Real* x;       // packed input
-    Real* xa[3];   // packed s_p xa_p
-    Real* masked;  // packed drop(x) of one chunk
+    char* scratch;
+    Strips<Real> x;       // the input
+    Strips<Real> xa[3];   // s_p xa_p
+    Strips<Real> masked;  // drop(x) of one chunk
 };
 
 template <class X>
@@ -31,25 +32,25 @@ LinearForwardSpace<typename Cpu<X>::real> linear_forward_space(const Cpu<X>& dev
     using Real = typename Cpu<X>::real;
     LinearForwardSpace<Real> s = {};
     s.scratch = thread_scratch(dev, arena);
-    s.x = arena_take<Real>(arena, packed_elements(dev, N, size_t(g.C)));
+    s.x = strips_take(arena, base_format(dev), N, size_t(g.C));
     for (int p = 0; p < g.parts; p++) {
-        s.xa[p] = arena_take<Real>(arena, packed_elements(dev, N, size_t(g.part[p].r)));
+        s.xa[p] = strips_take(arena, adapter_format(dev), N, size_t(g.part[p].r));
     }
     if (dropout && g.R > 0) {
-        s.masked = arena_take<Real>(arena, packed_elements(dev, DROPOUT_ROWS, size_t(g.C)));
+        s.masked = strips_take(arena, base_format(dev), DROPOUT_ROWS, size_t(g.C));
     }
     return s;
 }
 
 template <class Real>
 struct LinearBackwardSpace {
-    Real* scratch;
-    Real* dy[3];      // packed dout
-    Real* t;          // (N, R) dout B, not scaled
-    Real* ta[3];      // packed s_p t_p
-    Real* left;       // packed t^T or xa^T
-    Real* right;      // (R, C) or (r, OC): a sum before it is scaled and added
-    Real* masked_dx;  // (DROPOUT_ROWS, C)
+    char* scratch;
+    Strips<Real> dy[3];  // dout
+    Real* t;             // (N, R) dout B, not scaled
+    Strips<Real> ta[3];  // s_p t_p
+    Strips<Real> left;   // t^T or xa^T
+    Real* right;         // (R, C) or (r, OC): a sum before it is scaled and added
+    Real* masked_dx;     // (DROPOUT_ROWS, C)
 };
 
 template <class X>
@@ -62,13 +63,13 @@ LinearBackwardSpace<typename Cpu<X>::real> linear_backward_space(const Cpu<X>& d
     size_t widest = size_t(g.R) * size_t(g.C);
     for (int p = 0; p < g.parts; p++) {
         const LinearPart<Real>& part = g.part[p];
-        s.dy[p] = arena_take<Real>(arena, packed_elements(dev, N, size_t(part.w.rows)));
-        s.ta[p] = arena_take<Real>(arena, packed_elements(dev, N, size_t(part.r)));
+        s.dy[p] = strips_take(arena, base_format(dev), N, size_t(part.w.rows));
+        s.ta[p] = strips_take(arena, adapter_format(dev), N, size_t(part.r));
         size_t size = size_t(part.r) * size_t(part.w.rows);
         widest = size > widest ? size : widest;
     }
     s.t = arena_take<Real>(arena, N * size_t(g.R));
-    s.left = arena_take<Real>(arena, packed_elements(dev, size_t(g.R), N));
+    s.left = strips_take(arena, adapter_format(dev), size_t(g.R), N);
     s.right = arena_take<Real>(arena, widest);
     if (dropout && g.R > 0) {
         s.masked_dx = arena_take<Real>(arena, DROPOUT_ROWS * size_t(g.C));
@@ -98,14 +99,14 @@ void linear_slots_reserve(Cpu<X>&, size_t) {}
 
 // xa_p (M rows from row0) = drop(x) A_p^T, x or drop(x) packed.
 template <class X, class Real>
-void linear_xa(Cpu<X>& dev, X* xa, const LinearGroup<Real>& g, int first, int last, const Real* packed, size_t M,
-               Real* scratch) {
-    Product<X> product[3];
+void linear_xa(Cpu<X>& dev, X* xa, const LinearGroup<Real>& g, int first, int last, const Strips<Real>& packed,
+               size_t M, char* scratch) {
+    Product<X, X> product[3];
     int count = 0;
     for (int p = 0, column = 0; p < last; column += g.part[p++].r) {
         const LinearPart<Real>& part = g.part[p];
         if (p >= first && part.r > 0) {
-            Product<X>& out = product[count++];
+            Product<X, X>& out = product[count++];
             out.c = xa + column;
             out.ldc = size_t(g.R);
             out.n = size_t(part.r);
@@ -143,7 +144,7 @@ void linear_forward(Cpu<X>& dev, X* out, size_t out_stride, X* xa, const LinearI
         linear_xa(dev, xa, g, 0, g.parts, s.x, N, s.scratch);
     }
 
-    Product<X> product[3];
+    Product<X, X> product[3];
     size_t column = 0, rank = 0;
     for (int p = 0; p < g.parts; p++) {
         const LinearPart<Real>& part = g.part[p];
@@ -154,7 +155,7 @@ void linear_forward(Cpu<X>& dev, X* out, size_t out_stride, X* xa, const LinearI
         product[p].residual = residual ? residual + column : nullptr;
         product_add(product[p], s.x, size_t(g.C), operand_weight<X>(part.w), false);
         if (r > 0) {
-            pack_a(dev, s.xa[p], operand_plain<X>(xa + rank, size_t(g.R), part.scale), false, N, r, s.scratch);
+            pack_a(dev, s.xa[p], operand_stored<X>(xa + rank, size_t(g.R), part.scale), false, N, r, s.scratch);
             product_add(product[p], s.xa[p], r, operand_plain<X>(part.B, r), false);
         }
         column += size_t(part.w.rows);
@@ -180,7 +181,7 @@ void linear_masked_dx(Cpu<X>& dev, X* din, const LinearGroup<Real>& g, const Lin
             Operand<X> t = operand_plain<X>(s.t + column, size_t(g.R), part.scale);
             t.row0 = row;
             pack_a(dev, s.ta[p], t, false, M, size_t(part.r), s.scratch);
-            Product<X> product;
+            Product<X, Real> product;
             product.c = s.masked_dx;
             product.ldc = product.n = C;
             product_add(product, s.ta[p], size_t(part.r), operand_plain<X>(part.A, C), true);
@@ -189,8 +190,15 @@ void linear_masked_dx(Cpu<X>& dev, X* din, const LinearGroup<Real>& g, const Lin
                 for (size_t i = begin; i < end; i++) {
                     Real* from = s.masked_dx + i * C;
                     dropout_run(dev, from, drop, part.module, row + i, 0, C);
-                    for (size_t c = 0; c < C; c++) {
-                        din[(row + i) * C + c] += from[c];
+                    Real line[DROPOUT_LINE];
+                    for (size_t c = 0; c < C; c += DROPOUT_LINE) {
+                        const size_t n = C - c < DROPOUT_LINE ? C - c : DROPOUT_LINE;
+                        X* to = din + (row + i) * C + c;
+                        row_convert(dev, line, to, n);
+                        for (size_t j = 0; j < n; j++) {
+                            line[j] += from[c + j];
+                        }
+                        row_convert(dev, to, line, n);
                     }
                 }
             });
@@ -215,7 +223,7 @@ void linear_dA(Cpu<X>& dev, const LinearGroup<Real>& g, const LinearInput<X, Rea
             Operand<X> x = operand_input<X>(in, g.C);
             x.drop = drop.p > 0 ? &drop : nullptr;
             x.module = part.module;
-            Product<X> product;
+            Product<X, Real> product;
             product.c = s.right;
             product.ldc = product.n = C;
             product_add(product, s.left, N, x, true);
@@ -239,11 +247,11 @@ void linear_dB(Cpu<X>& dev, const LinearGroup<Real>& g, const X* dout, size_t do
         const LinearPart<Real>& part = g.part[p];
         const size_t r = size_t(part.r), OC = size_t(part.w.rows);
         if (r > 0) {
-            pack_a(dev, s.left, operand_plain<X>(xa + rank, size_t(g.R)), true, r, N, s.scratch);
-            Product<X> product;
+            pack_a(dev, s.left, operand_stored<X>(xa + rank, size_t(g.R)), true, r, N, s.scratch);
+            Product<X, Real> product;
             product.c = s.right;
             product.ldc = product.n = OC;
-            product_add(product, s.left, N, operand_plain<X>(dout, dout_stride), true);
+            product_add(product, s.left, N, operand_stored<X>(dout, dout_stride), true);
             gemm(dev, &product, 1, r, s.scratch);
             parallel_ranges(dev.threads, OC, PACK_LEAST / r + 1, [&](size_t begin, size_t end, int) {
                 for (size_t o = begin; o < end; o++) {
@@ -270,7 +278,8 @@ void linear_backward(Cpu<X>& dev, X* din, X* dout, size_t dout_stride, const Lin
         rope_backward(dev, dout, dout_stride, *rope, N);
     }
 
-    Product<X> product[3], dx;
+    Product<X, Real> product[3];
+    Product<X, X> dx;
     int count = 0;
     dx.c = din;
     dx.ldc = dx.n = size_t(g.C);
@@ -279,11 +288,11 @@ void linear_backward(Cpu<X>& dev, X* din, X* dout, size_t dout_stride, const Lin
         const LinearPart<Real>& part = g.part[p];
         const size_t OC = size_t(part.w.rows), r = size_t(part.r);
         if (din || r > 0) {
-            pack_a(dev, s.dy[p], operand_plain<X>(dout + column, dout_stride), false, N, OC, s.scratch);
+            pack_a(dev, s.dy[p], operand_stored<X>(dout + column, dout_stride), false, N, OC, s.scratch);
             product_add(dx, s.dy[p], OC, operand_weight<X>(part.w), true);
         }
         if (r > 0) {
-            Product<X>& t = product[count++];
+            Product<X, Real>& t = product[count++];
             t.c = s.t + rank;
             t.ldc = size_t(g.R);
             t.n = r;

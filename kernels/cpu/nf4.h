@@ -51,7 +51,8 @@ inline float nf4_absmax(const Matrix& m, size_t block) {
 }
 
 // out (n): elements first .. first + n of the flattened matrix.
-inline void matrix_run(const Cpu<float>& dev, float* out, const Matrix& m, size_t first, size_t n) {
+template <class X>
+void matrix_run(const Cpu<X>& dev, float* out, const Matrix& m, size_t first, size_t n) {
     switch (m.store) {
         case Store::F32: memcpy(out, static_cast<const float*>(m.data) + first, n * sizeof(float)); break;
         case Store::BF16: dev.isa->widen_bf16(out, static_cast<const uint16_t*>(m.data) + first, n); break;

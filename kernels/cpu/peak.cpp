@@ -9,18 +9,18 @@ static double seconds() {
     return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-double cpu_peak_gflops(const Cpu<float>& dev) {
+double peak_gflops(const GemmFormat<float>& arithmetic, int threads) {
     struct Result {
         double rate;
         float sink;
         char apart[64];  // the threads' results on different cache lines
     };
-    std::vector<Result> results(size_t(dev.threads), Result{});
-    parallel(dev.threads, [&](int worker) {
+    std::vector<Result> results(size_t(threads), Result{});
+    parallel(threads, [&](int worker) {
         Result& result = results[size_t(worker)];
         double flops = 0, begin = seconds(), spent = 0;
         while (spent < 0.2) {
-            flops += double(dev.isa->fma_loop(100000, &result.sink));
+            flops += double(arithmetic.peak_loop(100000, &result.sink));
             spent = seconds() - begin;
         }
         result.rate = flops / spent;

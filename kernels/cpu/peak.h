@@ -2,5 +2,11 @@
 #pragma once
 #include "kernels/device.h"
 
-// GFLOP/s of multiply-adds in registers, in the device's tier, on all its threads together; takes 0.2 s.
-double cpu_peak_gflops(const Cpu<float>& dev);
+// GFLOP/s of multiply-adds in registers, on this many threads together; takes 0.2 s.
+double peak_gflops(const GemmFormat<float>& arithmetic, int threads);
+
+// The same in the arithmetic of the device's frozen matrices.
+template <class X>
+double cpu_peak_gflops(const Cpu<X>& dev) {
+    return peak_gflops(*dev.base, dev.threads);
+}

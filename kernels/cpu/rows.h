@@ -1,4 +1,4 @@
-// The row kernels of a device: the tier's for float, plain C++ for double (gradient checks).
+// The row kernels of a device: the tier's for float and bf16, plain C++ for double (gradient checks).
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -39,10 +39,14 @@ inline vec v_fma(vec a, vec b, vec c) {
 static const RowKernels<double> table = LEAF_ROWS;
 #undef LEAF_REAL
 #undef LEAF_ROWS
+#undef LEAF_ROWS_OF
 }  // namespace rows_double
 
 inline const RowKernels<float>& row_kernels(const Cpu<float>& dev) {
-    return dev.isa->rows;
+    return dev.isa->rows.of_float;
+}
+inline const RowKernels<float, bf16>& row_kernels(const Cpu<bf16>& dev) {
+    return dev.isa->rows.of_bf16;
 }
 inline const RowKernels<double>& row_kernels(const Cpu<double>&) {
     return rows_double::table;
