@@ -121,8 +121,9 @@ LINK = $(CXX) $(common) $(CXXFLAGS)
 
 # Ranks: one file of each pair. Programs that are never one of many ranks take comm_none.
 comm_sources    := kernels/comm_mpi.cpp kernels/comm_none.cpp kernels/gpu_comm_none.cpp
-library_sources := $(filter-out $(comm_sources),$(wildcard llama_*.cpp io/*.cpp tokenizer/*.cpp kernels/*.cpp \
-                                                           kernels/cpu/*.cpp))
+x86_sources     := $(addprefix kernels/cpu/,isa_avx2.cpp isa_avx512.cpp isa_avx512vnni.cpp isa_amx.cpp amx_permitted.cpp)
+library_sources := $(filter-out $(comm_sources) $(if $(x86),,$(x86_sources)),\
+                                $(wildcard llama_*.cpp io/*.cpp tokenizer/*.cpp kernels/*.cpp kernels/cpu/*.cpp))
 gpu_sources     := $(wildcard kernels/gpu*.cu)
 simt_sources    := $(wildcard dev/simt/*.cpp)
 test_sources    := $(wildcard dev/tests/*.cpp)
@@ -134,7 +135,7 @@ comm       := $(call object,kernels/comm_$(if $(HAVE_MPI),mpi,none).cpp)
 alone      := $(call object,kernels/comm_none.cpp)
 simt       := $(call object,$(addprefix simt/,$(gpu_sources) $(simt_sources)))
 # The tiles of AMX have a stand-in as well, for the same programs.
-amx_sources := $(addprefix kernels/cpu/,isa_amx.cpp isa_choose.cpp amx_permitted.cpp)
+amx_sources := $(if $(x86),$(addprefix kernels/cpu/,isa_amx.cpp isa_choose.cpp amx_permitted.cpp))
 amx         := $(call object,$(addprefix simt/,$(amx_sources)))
 simt_tests := $(call object,$(filter dev/tests/simt%,$(test_sources)))
 gpu_tests  := $(call object,$(filter dev/tests/gpu_%,$(test_sources)))
@@ -155,7 +156,8 @@ $(BUILD)/kernels/cpu/isa_avx2.o: tier := -mavx2 -mfma -mf16c -mbmi2
 avx512 := -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mbmi2 -mprefer-vector-width=512
 $(BUILD)/kernels/cpu/isa_avx512.o: tier := $(avx512)
 $(BUILD)/kernels/cpu/isa_avx512vnni.o: tier := $(avx512) -mavx512vnni -mavx512vbmi
-$(BUILD)/kernels/cpu/isa_amx.o $(BUILD)/simt/kernels/cpu/isa_amx.o: tier := $(avx512) -mavx512vnni -mavx512vbmi -mavx512bf16 -mamx-tile -mamx-bf16
+$(BUILD)/kernels/cpu/isa_amx.o $(BUILD)/simt/kernels/cpu/isa_amx.o: tier := $(avx512) -mavx512vnni -mavx512vbmi \
+                                                                          -mavx512bf16 -mamx-tile -mamx-bf16
 endif
 $(amx): defines := -DAMX_STANDIN
 $(programs:%=$(BUILD)/%.o): defines := -DHAVE_GPU=$(if $(HAVE_CUDA),1,0)

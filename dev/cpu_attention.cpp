@@ -73,7 +73,7 @@ static void measure(int threads, const Shape& s, const char* storage) {
     for (int runs = 0; runs < 5 || seconds(dev.threads) - begin < 1; runs++) {
         const double loop = seconds_of(dev.threads, [&] {
             parallel(dev.threads,
-                     [&](int w) { counted[size_t(w)] = dev.isa->fma_loop(200000, &sink[size_t(w) * 64]); });
+                     [&](int w) { counted[size_t(w)] = dev.isa->fp32->peak_loop(200000, &sink[size_t(w) * 64]); });
         });
         peak = std::max(peak, double(counted[0]) * dev.threads / loop);
         forward =

@@ -307,7 +307,7 @@ FAULTS = [
           "math/tiers"),
     Fault("--math int16 with a GPU is taken", "train_device.h", 'if (o.math == "int16" && o.device == "cuda") {',
           "if (false) {", "math/tiers"),
-    Fault("--math bf16 without it is fp32", "train_device.h", 'run.o.math == "int16" ? "AVX-512',
+    Fault("a refused --math int16 is said to want AMX", "train_device.h", 'run.o.math == "int16" ? "AVX-512',
           'run.o.math != "int16" ? "AVX-512', "math/tiers"),
 
     # ---- AdamW and the schedule

@@ -31,8 +31,8 @@ struct Cpu {
 
     int threads = 1;
     const CpuIsa* isa = nullptr;  // leaf kernels of the chosen tier
-    const GemmFormat<float>* base = nullptr;     // arithmetic of the frozen matrices
-    const GemmFormat<float>* adapter = nullptr;  // of the adapters' own products
+    const GemmFormat<float>* base = nullptr;     // arithmetic of the frozen matrices, and of x A^T and dy B beside them
+    const GemmFormat<float>* adapter = nullptr;  // of the adapters' other products
     char* workspace = nullptr;
     size_t workspace_bytes = 0;
     const Comm* comm = nullptr;  // the ranks of this training; nullptr: this process alone

@@ -7,7 +7,7 @@
 //   strip  | unit 0: a_unit bytes | unit 1 | ...        panel  | unit 0: b_unit bytes | unit 1 | ...
 //
 //   fp32   unit 1      A: MR floats                          B: NR floats
-//   int16  unit 64     A: MR x 32 pairs of int16, MR scales  B: 32 x NR pairs of int16, NR scales   (isa_avx512vnni.cpp)
+//   int16  unit 64     A: MR x 32 pairs of int16, MR scales  B: 32 x NR pairs of int16, NR scales (isa_avx512vnni.cpp)
 //   bf16   unit 32     A: two tiles of 16 rows x 32          B: two tiles of 16 pairs x 16 columns  (isa_amx.cpp)
 //
 // Missing rows, columns and reduction indices are packed as zeros. Strips and panels stand on 64-byte borders.
@@ -34,10 +34,11 @@ struct GemmFormat {
     void (*pack_b_columns)(void* out, const Real* in, size_t ldi, int n, size_t k);
 
     // The same from a frozen matrix, or from activations in bf16; nullptr where it goes through floats.
-    // NF4: lines of codes, ld bytes apart, each beginning at a block of 64; absmax of line j's blocks at absmax + j lda.
+    // NF4: lines of codes, ld bytes apart, each from the start of a block of 64; line j's absmax at absmax + j lda.
     //   lines    n lines, n <= NR, k along them, a multiple of 64: one panel
     //   columns  k lines of n columns, n a multiple of 64 and of NR: n / NR panels, each ceil(k / unit) b_unit bytes
-    void (*pack_b_nf4_lines)(void* out, const uint8_t* codes, size_t ld, const float* absmax, size_t lda, int n, size_t k);
+    void (*pack_b_nf4_lines)(void* out, const uint8_t* codes, size_t ld, const float* absmax, size_t lda, int n,
+                             size_t k);
     void (*pack_b_nf4_columns)(void* out, const uint8_t* codes, size_t ld, const float* absmax, size_t lda, size_t n,
                                size_t k);
     void (*pack_b_bf16_lines)(void* out, const bf16* in, size_t ldi, int n, size_t k);

@@ -5,7 +5,7 @@
 //
 //            K                           NC                      A, packed once for all threads:
 //        +-------+-------+       KC  +--+--+--+--+                 [block of KC][strip of MR rows][unit]
-//     MR | strip | strip |           |  |  |  |  | panels        B, packed by the thread that needs it, in its own cache:
+//     MR | strip | strip |           |  |  |  |  | panels        B, packed by the thread that needs it, in its cache:
 //        +-------+-------+           |  |  |  |  | of NR           [panel of NR columns][unit], KC deep and NC wide
 //        | strip | strip |  x        +--+--+--+--+
 //        +-------+-------+           |  |  |  |  |               for a block of columns: for each block of KC: pack B;
@@ -100,12 +100,29 @@ inline void multiply(size_t k, const void* a, const void* b, double* c, size_t l
     }
 }
 
-inline const GemmFormat<double> format = {
-    "fp64",  MR,  NR,      1,       MR * sizeof(double), NR * sizeof(double), 256, 256, pack_lines<MR>, pack_columns<MR>,
-    pack_lines<NR>, pack_columns<NR>, nullptr, nullptr, nullptr, nullptr, nullptr, multiply, nullptr};
+inline const GemmFormat<double> format = {"fp64",
+                                          MR,
+                                          NR,
+                                          1,
+                                          MR * sizeof(double),
+                                          NR * sizeof(double),
+                                          256,
+                                          256,
+                                          pack_lines<MR>,
+                                          pack_columns<MR>,
+                                          pack_lines<NR>,
+                                          pack_columns<NR>,
+                                          nullptr,
+                                          nullptr,
+                                          nullptr,
+                                          nullptr,
+                                          nullptr,
+                                          multiply,
+                                          nullptr};
 }  // namespace format_double
 
-// The format of the frozen matrices, and the one of the adapters' own products.
+// The format of the frozen matrices and of what shares their packed left side (x A^T, dy B), and the one of the
+// adapters' other products.
 inline const GemmFormat<double>& base_format(const Cpu<double>&) {
     return format_double::format;
 }
@@ -274,7 +291,9 @@ void operand_run(const Cpu<X>& dev, Real* out, const Operand<X>& op, size_t row,
     const auto& kernels = row_kernels(dev);
     switch (op.in.kind) {
         case LinearInput<X, Real>::PLAIN: row_convert(dev, out, x, n); break;
-        case LinearInput<X, Real>::RMSNORM: kernels.norm_mul_wide(out, x, op.in.rstd[row], op.in.norm_w + column, n); break;
+        case LinearInput<X, Real>::RMSNORM:
+            kernels.norm_mul_wide(out, x, op.in.rstd[row], op.in.norm_w + column, n);
+            break;
         case LinearInput<X, Real>::SWIGLU: kernels.silu_mul_wide(out, x, x + op.ld, n); break;
     }
     if (op.drop) {
@@ -287,7 +306,8 @@ void operand_run(const Cpu<X>& dev, Real* out, const Operand<X>& op, size_t row,
 template <class X>
 const X* operand_stored_at(const Operand<X>& op, size_t row, size_t column, size_t* ld) {
     *ld = op.in.stride;
-    const bool stored = op.kind == Operand<X>::INPUT && op.in.kind == op.in.PLAIN && !op.map && !op.drop && op.scale == 1;
+    const bool stored =
+        op.kind == Operand<X>::INPUT && op.in.kind == op.in.PLAIN && !op.map && !op.drop && op.scale == 1;
     return stored ? op.in.x + (row + op.row0) * *ld + column + op.col0 : nullptr;
 }
 template <class X>
@@ -305,8 +325,8 @@ const typename Cpu<X>::real* operand_in_place(const Operand<X>& op, size_t row, 
 constexpr size_t LINES_ROOM = 64 * 144;  // elements
 constexpr size_t LINES_DEPTH = 64;       // a multiple of every format's unit
 
-// One strip of A or one panel of B at `out`: its inner indices first .. first + n are rows of the operand, the reduction
-// k0 .. k0 + k runs along them.
+// One strip of A or one panel of B at `out`: its inner indices first .. first + n are rows of the operand, the
+// reduction k0 .. k0 + k runs along them.
 template <class X, class Real>
 void pack_lines(const Cpu<X>& dev, const GemmFormat<Real>& f, bool is_a, char* out, const Operand<X>& op, size_t first,
                 int n, size_t k0, size_t k, Real* lines) {
@@ -415,7 +435,7 @@ ThreadScratch<typename Cpu<X>::real> scratch_of(const Cpu<X>& dev, char* scratch
 // The absmax of `blocks` blocks in each of n rows of the matrix from (row, column): absmax[j * blocks + b].
 template <class X>
 const float* absmax_of(const Cpu<X>& dev, float* absmax, const Matrix& w, size_t row, size_t column, size_t n,
-                              size_t blocks, size_t* lda) {
+                       size_t blocks, size_t* lda) {
     const size_t in_row = size_t(w.cols) / 64, first = row * in_row + column / 64;
     if (w.absmax32) {
         *lda = in_row;
@@ -443,8 +463,8 @@ bool pack_weight(const Cpu<X>& dev, const GemmFormat<float>& f, const ThreadScra
     const Matrix& w = *op.w;
     const size_t row = op.row0 + (along ? k0 : first), column = op.col0 + (along ? first : k0), cols = size_t(w.cols);
     const size_t width = size_t(f.NR), panel = panel_bytes(f, k);
-    if (w.store == Store::NF4 && cols % 64 == 0 && column % 64 == 0 && (along ? f.pack_b_nf4_columns != nullptr && n % 64 == 0 && n % width == 0
-                                                        : f.pack_b_nf4_lines != nullptr)) {
+    if (w.store == Store::NF4 && cols % 64 == 0 && column % 64 == 0 &&
+        (along ? f.pack_b_nf4_columns != nullptr && n % 64 == 0 && n % width == 0 : f.pack_b_nf4_lines != nullptr)) {
         const uint8_t* codes = w.codes + (row * cols + column) / 2;
         size_t lda = 0;
         if (along) {
@@ -462,8 +482,8 @@ bool pack_weight(const Cpu<X>& dev, const GemmFormat<float>& f, const ThreadScra
     if (w.store == Store::BF16 && (along ? f.pack_b_bf16_columns : f.pack_b_bf16_lines) != nullptr) {
         const bf16* in = static_cast<const bf16*>(w.data) + row * cols + column;
         for (size_t j = 0; j < n; j += width) {
-            (along ? f.pack_b_bf16_columns : f.pack_b_bf16_lines)(s.panels + j / width * panel, in + (along ? j : j * cols), cols,
-                                 int(n - j < width ? n - j : width), k);
+            (along ? f.pack_b_bf16_columns : f.pack_b_bf16_lines)(
+                s.panels + j / width * panel, in + (along ? j : j * cols), cols, int(n - j < width ? n - j : width), k);
         }
         return true;
     }
@@ -473,8 +493,8 @@ bool pack_weight(const Cpu<X>& dev, const GemmFormat<float>& f, const ThreadScra
 // The panels of B for the columns first .. first + n of C and the reduction indices k0 .. k0 + k. along = false: these
 // columns are rows of the operand; true: they are its columns.
 template <class X, class Real>
-void pack_b(const Cpu<X>& dev, const GemmFormat<Real>& f, const ThreadScratch<Real>& s, const Operand<X>& op, bool along,
-            size_t first, size_t n, size_t k0, size_t k) {
+void pack_b(const Cpu<X>& dev, const GemmFormat<Real>& f, const ThreadScratch<Real>& s, const Operand<X>& op,
+            bool along, size_t first, size_t n, size_t k0, size_t k) {
     if (pack_weight(dev, f, s, op, along, first, n, k0, k)) {
         return;
     }
@@ -651,7 +671,7 @@ GemmCut gemm_cut(const Cpu<X>& dev, const Product<X, Out>* products, int count, 
 // no bit.
 template <class X, class Out>
 void gemm(const Cpu<X>& dev, const Product<X, Out>* products, int count, size_t M, char* scratch) {
-    if (count == 0) {
+    if (count == 0 || M == 0) {
         return;
     }
     size_t work = 0;

@@ -1,6 +1,6 @@
 // The leaf kernels of one instruction tier, as a table of plain functions. Each tier is one translation unit
 // isa_{ref,avx2,avx512,avx512vnni,amx}.cpp that is built with that tier's flags; the first three export a table, the
-// last two what they add to the table of avx512. Everything else is built for the plain target. A leaf touches the memory
+// last two what they add to that of avx512. Everything else is built for the plain target. A leaf touches the memory
 // it is given and calls nothing outside its unit. OpenMP, allocation and shapes belong to the callers.
 #pragma once
 #include <cstddef>
@@ -53,9 +53,6 @@ struct CpuIsa {
 
     // out (groups, 4): philox4x32 (kernels/random.h) of the counters {head[0], head[1], head[2], first + i}.
     void (*philox_run)(uint32_t* out, const uint32_t head[3], const uint32_t key[2], uint32_t first, size_t groups);
-
-    // Multiplies and adds in registers, n rounds; writes something to sink and returns the floating-point operations.
-    size_t (*fma_loop)(size_t n, float* sink);
 
     CpuRows rows;  // exp, softmax, norms, SwiGLU over one row
     AttentionKernels<float> attention;

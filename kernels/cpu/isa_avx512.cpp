@@ -69,9 +69,11 @@ inline vec v_widen_f16(const uint16_t* p) {
 
 #include "kernels/cpu/leaf_gemm.inc"
 #include "kernels/cpu/leaf_rows.inc"
-#include "kernels/cpu/leaf_attention.inc"
+
+#include "kernels/cpu/leaf_attention.inc"  // written over both
 
 }  // namespace
 
-extern const CpuIsa cpu_isa_avx512 = {"avx512",    &format_fp32, nullptr,    nullptr,   TILE_MR,    transpose, nf4_absmax,
-                                   nf4_run,  widen_bf16,   widen_f16,  philox_run, fma_loop,  LEAF_ROWS, LEAF_ATTENTION};
+extern const CpuIsa cpu_isa_avx512 = {"avx512",   &format_fp32, nullptr,       nullptr,    TILE_MR,
+                                      transpose,  nf4_absmax,   nf4_run,       widen_bf16, widen_f16,
+                                      philox_run, LEAF_ROWS,    LEAF_ATTENTION};

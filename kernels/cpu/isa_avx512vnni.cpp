@@ -17,7 +17,9 @@
 //
 // B in NF4 is the frozen weight round_to_bf16(code * absmax). Forward, where a line of W is a column of B, the block is
 // W's own. Backward the reduction runs over the lines of W, so that a block has 64 absmax; then 64 lines by 64 columns
-// of W share the scale of their greatest one. Either way a block's 16 possible values become a table of int16.
+// of W share the scale of their greatest one, and a line loses a bit of its weights for each octave that it lies under
+// that: nothing that counts in the sum, unless its gradients are as much greater. Either way a block's 16 possible values
+// become a table of int16.
 //
 // Leaf kernels only; see isa.h and leaf_gemm.inc for what may be included here.
 // g++ 12 takes the "undefined" operand of its own AVX-512 headers for a mistake; clang has no such warning.
