@@ -7,9 +7,9 @@ A fault is a piece of text of one source file and what replaces it. The tree its
 in a copy. What depends on the changed file (g++ -MMD says it) is compiled again and linked with the other objects and
 with the test groups that the fault names. A fault is caught when one of those tests fails, by a check or by a crash;
 the same tests must pass without it. A fault that does not compile counts as missed. The GPU's kernels are compiled as
-the stand-in of dev/simt, which runs them on the CPU; their faults are in mutants_gpu.py. Faults of many ranks are in
-mutants_ranks.py; their tests start mpirun, and without MPI (mpicxx, or what the environment variable MPICXX names) they
-are left out.
+the stand-in of dev/simt, which runs them on the CPU; their faults are in mutants_gpu.py. For the group amx, its tiles
+are a stand-in's as well. Faults of many ranks are in mutants_ranks.py; their tests start mpirun, and without MPI
+(mpicxx, or what the environment variable MPICXX names) they are left out.
 
 Writes the tables of faults and tests to --output (all faults, so not with --only). --check compiles nothing: it says
 whether the text of every fault stands in its file, as often as the fault says. The last line is
@@ -193,7 +193,7 @@ FAULTS = [
     Fault("absmax of the rows of a part taken as if they stood side by side", GEMM_H, "first + j * in_row, blocks);",
           "first + j * blocks, blocks);", "linear/linear_tiers"),
     Fault("absmax in fp32: rows of a part taken as if they stood side by side", GEMM_H, "*lda = in_row;",
-          "*lda = blocks;", "linear/linear_tiers model/"),
+          "*lda = blocks;", "linear/linear_tiers"),
     Fault("a part of the frozen head is its first rows", GEMM_H, "row = op.row0 + (along ? k0 : first), column",
           "row = (along ? k0 : first), column", "classifier/"),
     Fault("panels of a frozen bf16 matrix all from its first columns", GEMM_H, "in + (along ? j : j * cols), cols",
@@ -214,7 +214,7 @@ FAULTS = [
           "band = (M + bands - 1) / bands;", "linear/"),
     Fault("the last band is left out", GEMM_H, "bands = (M + cut.band - 1) / cut.band;",
           "bands = M < cut.band ? 1 : M / cut.band;", "linear/"),
-    Fault("bf16: a band may be longer than its sums", GEMM_H, "? M : SUMS_ROWS;", "? M : M;", "amx/"),
+    Fault("bf16: a band may be longer than its sums", GEMM_H, "? M : SUMS_ROWS;", "? M : M;", "linear/"),
     Fault("residual of the first linear for all of a group", "kernels/cpu/linear.h",
           "residual ? residual + column : nullptr", "residual", "linear/linear_double"),
 
@@ -301,7 +301,7 @@ FAULTS = [
     Fault("--math auto is fp32 where int16 is to be had", "kernels/cpu/device.cpp",
           "|| (any && dev.isa->int16) ? dev.isa->int16", "? dev.isa->int16", "math/tiers"),
     Fault("the adapters' own products in int16", "kernels/cpu/device.cpp", "dev.adapter = dev.isa->fp32;",
-          "dev.adapter = base;", "math/ linear/"),
+          "dev.adapter = base;", "linear/"),
     Fault("an arithmetic that the processor lacks is passed over", "train_device.h",
           "if (!device_math(dev, run.o.math.c_str())) {", "if (device_math(dev, run.o.math.c_str()), false) {",
           "math/tiers"),

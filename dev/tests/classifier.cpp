@@ -194,6 +194,7 @@ void classifier_tiers() {
         if (!dev.isa) {
             continue;
         }
+        device_math(dev, "fp32");
         for (const Shape& shape : shapes) {
             Head<float> h;
             make_head(h, shape);
@@ -293,6 +294,7 @@ void classifier_bitwise() {
         if (!dev.isa) {
             continue;
         }
+        device_math(dev, "fp32");
         for (const Shape& shape : shapes) {
             Head<float> h;
             make_head(h, shape);

@@ -414,6 +414,62 @@ void format_extremes() {
     });
 }
 
+// int16: whole steps are exact. A block of A has 8191 as its greatest, one of B a number from 2048 on: the steps are 1,
+// or the power of two that all are multiplied by. What is left is the rounding of a block's sum, of A's step and of the
+// sum of the blocks, four of 2^-24. With 2^-75 the product of two steps is below the least float.
+void format_whole_steps() {
+    for_each_format([](const Format& f, const std::string& who) {
+        if (!is(f, "int16")) {
+            return;
+        }
+        const size_t MR = size_t(f.MR), N = size_t(f.NR) + 1, k = 2 * f.unit + 40;
+        const auto whole = [&](size_t lines, uint64_t seed, float most, float greatest) {
+            std::vector<float> x = random_values<float>(lines * k, seed, most);
+            for (size_t i = 0; i < lines; i++) {
+                for (size_t p = 0; p < k; p++) {
+                    x[i * k + p] = std::round(x[i * k + p]);
+                }
+                for (size_t p = 0; p < k; p += f.unit) {  // at every place of a block once
+                    const size_t place = p + (7 * i + p / f.unit) % std::min(f.unit, k - p);
+                    x[i * k + place] = i % 2 == 0 ? greatest : -greatest;
+                }
+            }
+            return x;
+        };
+        const auto a = whole(MR, 14, 2000, 8191), b = whole(N, 15, 300, 3001);
+        for (double size : {1.0, 0x1p-75, 0x1p40}) {
+            std::vector<float> a2(a), b2(b);
+            std::for_each(a2.begin(), a2.end(), [&](float& x) { x = float(x * size); });
+            std::for_each(b2.begin(), b2.end(), [&](float& x) { x = float(x * size); });
+            Expected e = expected(a, std::vector<double>(a.size()), b, std::vector<double>(b.size()), MR, N, k);
+            for (size_t i = 0; i < MR; i++) {
+                for (size_t j = 0; j < N; j++) {
+                    double sums = 0;
+                    for (size_t p0 = 0; p0 < k; p0 += f.unit) {
+                        double sum = 0;
+                        for (size_t p = p0; p < std::min(k, p0 + f.unit); p++) {
+                            sum += double(a[i * k + p]) * b[j * k + p];
+                        }
+                        sums += std::fabs(sum);
+                    }
+                    e.value[i * N + j] *= size * size;
+                    e.bound[i * N + j] = 4 * 0x1p-24 * sums * size * size + 0x1p-148;
+                }
+            }
+            for (Way way : {LINES, COLUMNS}) {
+                check_product(who + " whole steps", product(f, a2, b2, MR, N, k, way), e, MR, N, k);
+            }
+        }
+        // The greatest sum that there is: B is rounded up to the next power of two, by less than half a step of 4096.
+        const std::vector<float> most(MR * k, 8191), next(N * k, 0x1.fffffep+11f);
+        Expected e = expected(most, std::vector<double>(most.size()), next, std::vector<double>(next.size()), MR, N, k);
+        for (double& bound : e.bound) {
+            bound = 0x1p-13 * e.value[0];
+        }
+        check_product(who + " greatest", product(f, most, next, MR, N, k), e, MR, N, k);
+    });
+}
+
 // ---- frozen weights ----
 
 // lines (n, k) of NF4, each beginning at a block, with their meaning as the matmul sees it.
@@ -660,6 +716,7 @@ extern const Test format_tests[] = {
     {"format_zeros", format_zeros},
     {"format_not_finite", format_not_finite},
     {"format_extremes", format_extremes},
+    {"format_whole_steps", format_whole_steps},
     {"format_nf4_lines", format_nf4_lines},
     {"format_nf4_columns", format_nf4_columns},
     {"format_bf16_packers", format_bf16_packers},

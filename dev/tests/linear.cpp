@@ -106,6 +106,7 @@ const std::vector<Shape>& shapes() {
         {"down dropout", 7, 130, SWIGLU, {{65, 2, Store::F32, false}}, 0.5f, OTHER, 2},
         {"gate up", 200, 80, RMSNORM, {{130, 6, Store::BF16, false}, {130, 9, Store::NF4, true}}, 0.1f, SAME, 0},
         {"long rank", 18, 576, PLAIN, {{48, 256, Store::NF4, true}}, 0, NONE, 0},
+        {"plain absmax", 9, 576, PLAIN, {{48, 4, Store::NF4, false}}, 0, NONE, 0},
         {"many outputs", 6, 66, RMSNORM, {{1100, 2, Store::NF4, true}}, 0, NONE, 0},
         {"bands", 530, 300, RMSNORM, {{70, 20, Store::NF4, true}}, 0, NONE, 0},
         {"bands dropout", 530, 300, PLAIN, {{70, 20, Store::BF16, false}}, 0.1f, OTHER, 4},
@@ -341,6 +342,9 @@ Cpu<X> open_device(int threads, const char* tier = nullptr) {
     device_open(dev, threads);
     if (tier) {
         dev.isa = cpu_isa_choose(tier);
+        if (dev.isa) {
+            device_math(dev, sizeof(X) == sizeof(float) ? "fp32" : "auto");
+        }
     }
     return dev;
 }
@@ -542,6 +546,96 @@ void linear_tiers() {
             check_fences(r, p);
         }
         device_close(dev);
+    }
+}
+
+// The frozen products in int16, the adapters' own in fp32. A step is 1 / 8191 of the greatest of 64 elements of x, and
+// 1 / 2048 of the power of two in that of w: sums of some hundred such roundings stay below 2e-3 of the greatest
+// output.
+void linear_int16() {
+    Cpu<float> dev = open_device<float>(2);
+    if (!dev.isa->int16) {
+        test_skip("this processor has no AVX-512 with VNNI");
+        return;
+    }
+    CHECK(device_math(dev, "int16") && dev.base == dev.isa->int16 && dev.adapter == dev.isa->fp32, "%s, %s",
+          dev.base->name, dev.adapter->name);
+    for (const Shape& shape : shapes()) {
+        Problem p = make_problem(shape, 7);
+        Reference<double> exact = reference<double>(p);
+        Run<float> r = make_run<float>(p, 0, shape.N);
+        run_forward(dev, r, p);
+        run_backward(dev, r, p, true);
+        check_against(r, p, exact, reference<float>(p), 2e-3, true);
+        check_fences(r, p);
+    }
+    device_close(dev);
+}
+
+// Activations in bf16: sums rest in scratch and are rounded once, more rows than the scratch holds go in bands. One
+// rounding to 8 bits, and those of a sum of 70 in float.
+void linear_bf16_bands() {
+    const size_t M = 1300, K = 70, n = 200;
+    Source source{8};
+    std::vector<bf16> x, w, add;
+    for (auto* v : {&x, &w, &add}) {
+        for (float f : random_floats(source, v == &x ? M * K : v == &w ? n * K : M * n)) {
+            v->push_back(to_bf16(f));
+        }
+    }
+    std::vector<double> want(M * n), bound(M * n);
+    for (size_t i = 0; i < M * n; i++) {
+        double sizes = std::fabs(to_float(add[i]));
+        want[i] = to_float(add[i]);
+        for (size_t k = 0; k < K; k++) {
+            const double term = double(to_float(x[i / n * K + k])) * to_float(w[i % n * K + k]);
+            want[i] += term;
+            sizes += std::fabs(term);
+        }
+        bound[i] = 0x1p-8 * std::fabs(want[i]) + double(K + 1) * 0x1p-24 * sizes;
+    }
+    Matrix weight;
+    weight.store = Store::BF16;
+    weight.rows = int(n);
+    weight.cols = int(K);
+    weight.data = w.data();
+    std::vector<bf16> first;
+    for (int threads : {1, 2, 3}) {
+        for (bool in_place : {false, true}) {
+            Cpu<bf16> dev;
+            dev.threads = threads;
+            dev.isa = cpu_isa_choose(nullptr);
+            dev.base = dev.adapter = dev.isa->fp32;  // bf16 needs another processor; storage is the same
+            Arena count;
+            thread_scratch(dev, count);
+            strips_take(count, *dev.base, M, K);
+            device_reserve(dev, count.used);
+            Arena arena = arena_of(dev);
+            char* scratch = thread_scratch(dev, arena);
+            Strips<float> a = strips_take(arena, *dev.base, M, K);
+            pack_a(dev, a, operand_stored<bf16>(x.data(), K), false, M, K, scratch);
+            std::vector<bf16> out(M * n + FENCE, to_bf16(float(FENCE_VALUE)));
+            if (in_place) {
+                std::copy(add.begin(), add.end(), out.begin());
+            }
+            Product<bf16, bf16> product;
+            product.c = out.data();
+            product.ldc = product.n = n;
+            product.residual = in_place ? out.data() : add.data();
+            product_add(product, a, K, operand_weight<bf16>(weight), false);
+            gemm(dev, &product, 1, M, scratch);
+            size_t wrong = 0;
+            for (size_t i = 0; i < M * n; i++) {
+                wrong += !(std::fabs(to_float(out[i]) - want[i]) <= bound[i]);
+            }
+            CHECK(wrong == 0, "%d threads: %zu elements wrong", threads, wrong);
+            for (size_t i = M * n; i < out.size(); i++) {
+                CHECK(out[i].bits == to_bf16(float(FENCE_VALUE)).bits, "written behind the output");
+            }
+            first = first.empty() ? out : first;
+            CHECK(memcmp(out.data(), first.data(), out.size() * sizeof(bf16)) == 0, "%d threads: other bits", threads);
+            device_close(dev);
+        }
     }
 }
 
@@ -801,6 +895,8 @@ void linear_dropout_mask() {
 extern const Test linear_tests[] = {
     {"linear_double", linear_double},
     {"linear_tiers", linear_tiers},
+    {"linear_int16", linear_int16},
+    {"linear_bf16_bands", linear_bf16_bands},
     {"linear_finite_differences", linear_finite_differences},
     {"linear_threads_bitwise", linear_threads_bitwise},
     {"linear_rows_bitwise", linear_rows_bitwise},
