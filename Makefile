@@ -266,7 +266,7 @@ simt: $(simt_programs)
 test: $(programs) simt tools
 	@rm -f $(BUILD)/simt/kernels.txt
 	@scripts/tally.sh ./test_llama 'SIMT_KERNELS=$(BUILD)/simt/kernels.txt SIMT_STREAMS=queues \
-	    TRAIN_LLAMA_PROGRAM=$(BUILD)/simt/train_llama $(BUILD)/simt/test_llama gpu_ simt amx/ math/losses'
+	    TRAIN_LLAMA_PROGRAM=$(BUILD)/simt/train_llama $(BUILD)/simt/test_llama gpu_ simt amx/ _bf16 math/losses'
 
 resources: $(gpu)
 	@scripts/resources.py $(BUILD)

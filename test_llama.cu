@@ -21,6 +21,7 @@ extern const Test options_tests[], run_tests[];
 extern const Test tokenizer_tests[], tokenizer_files_tests[], records_tests[], chat_tests[], pack_tests[];
 extern const Test random_tests[], elementwise_tests[], attention_tests[], adamw_tests[];
 extern const Test linear_tests[], nf4_tests[], classifier_tests[], format_tests[], amx_tests[];
+extern const Test engine_tests[];
 extern const Test convert_tests[], model_tests[], plan_tests[], schedule_tests[], load_tests[], trainer_tests[],
     math_tests[];
 extern const Test bad_inputs_tests[], trainer_ranks_tests[], ranks_trainer_tests[];
@@ -55,6 +56,7 @@ static const struct {
     {"adamw", adamw_tests, false},
     {"format", format_tests, false},
     {"amx", amx_tests, false},
+    {"engine", engine_tests, false},
     {"linear", linear_tests, false},
     {"nf4", nf4_tests, false},
     {"classifier", classifier_tests, false},

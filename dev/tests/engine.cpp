@@ -1,10 +1,12 @@
-// The engine behind linear groups and the head, in every arithmetic of this machine, against the same ops in double (which
-// linear.cpp and classifier.cpp hold against plain loops): sizes that end inside strips, panels, units, blocks of KC and
-// NC and bands of rows; workspaces of exactly the bytes that the ops ask for, filled with NaN; fences; the same bits for
-// any number of threads and rows.
+// The engine behind linear groups and the head, in every arithmetic of this machine, against the same ops in double
+// (which linear.cpp and classifier.cpp hold against plain loops): sizes that end inside strips, panels, units, blocks
+// of KC and NC and bands of rows; workspaces of exactly the bytes that the ops ask for, filled with NaN; fences; the
+// same bits for any number of threads and rows.
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "dev/tests/ops.h"
@@ -20,7 +22,8 @@ namespace {
 // their squares add up. An element may err by EXTREME times as much.
 //
 //   fp32   A sum of n terms is rounded n times, each time by 2^-24 of what has come together, or less: a random walk
-//          that ends at sqrt(n / 2) 2^-24. n is 1,200 at most.
+//          that ends at sqrt(n / 2) 2^-24. n is 1,200 at most; din of the head has more terms, but is nearly its
+//          label's.
 //   int16  A rounding to steps is step / sqrt(12). A step of A is 1/8191 of the greatest of 64 elements, which is at
 //          most 8 times their root mean square (a lone one, as the label's is among dlogits). One of B is 1/2048 of it
 //          at most, here 3 times (uniform values, sizes 1/4 to 1); forward NF4 and bf16 are whole steps of it.
@@ -32,23 +35,23 @@ double tolerance(const std::string& math) {
            : math == "int16" ? std::sqrt((std::pow(8 / 8191.0, 2) + std::pow(3 / 2048.0, 2)) / 12)
                              : std::sqrt(8 / 3.0) * 0x1p-8 / 1.53;
 }
-constexpr double EXTREME = 6;  // standard deviations; the greatest of a million normal numbers is at 5
+constexpr double EXTREME = 8;  // of a million normal numbers the greatest is at 5, in rows up to 1.8 times the mean
 
-// fn(device, name) for each tier that has this arithmetic in a table of its own; the test is skipped without one.
-template <class X, class Fn>
-void for_each_device(const char* math, std::vector<const char*> tiers, const Fn& fn) {
-    bool any = false;
-    for (const char* tier : tiers) {
+// A device for each format of this machine that computes so; the test is skipped without one.
+template <class X>
+std::vector<Cpu<X>> devices(const char* math) {
+    std::vector<Cpu<X>> list;
+    for (const char* tier : {"ref", "avx2", "avx512", "avx512vnni", "amx"}) {
         Cpu<X> dev;
         dev.isa = cpu_isa_choose(tier);
-        if (dev.isa && device_math(dev, math)) {
-            any = true;
-            fn(dev, std::string(tier) + " " + math);
+        if (dev.isa && device_math(dev, math) && (list.empty() || list.back().base != dev.base)) {
+            list.push_back(dev);
         }
     }
-    if (!any) {
+    if (list.empty()) {
         test_skip((std::string("no tier with ") + math + " here").c_str());
     }
+    return list;
 }
 
 double value(bf16 x) {
@@ -101,10 +104,18 @@ std::vector<float> random_rows(size_t n, size_t width, uint64_t seed) {
     return x;
 }
 // Activations, the same in every device.
-std::vector<float> random_activations(size_t n, size_t width, uint64_t seed) {
+std::vector<float> random_activations(size_t n, size_t width, uint64_t seed, float size = 1) {
     std::vector<float> x = random_rows(n, width, seed);
     for (float& value : x) {
-        value = to_float(to_bf16(value));
+        value = to_float(to_bf16(value * size));
+    }
+    return x;
+}
+
+std::vector<float> random_rstd(size_t n, uint64_t seed) {
+    std::vector<float> x = random_values<float>(n, seed, 0.25);
+    for (float& value : x) {
+        value += 1.25f;
     }
     return x;
 }
@@ -200,8 +211,6 @@ struct Shape {
     float dropout;
     Residual residual;
     bool din;
-
-    std::string name() const { return "N " + std::to_string(N) + " C " + std::to_string(C) + ": "; }
 };
 
 const std::vector<Shape>& shapes() {
@@ -213,7 +222,7 @@ const std::vector<Shape>& shapes() {
         {97, 128, SWIGLU, {{513, 0, NF4_TWICE}}, 0, SAME, true},
         {97, 128, PLAIN, {{513, 16, BF16}}, 0, APART, false},
         {577, 128, RMSNORM, {{70, 3, NF4_TWICE}, {64, 0, F32}, {101, 16, NF4}}, 0.25f, APART, true},
-        {577, 68, PLAIN, {{64, 16, F32}}, 0, SAME, false},
+        {1200, 68, PLAIN, {{513, 16, F32}}, 0, SAME, false},
         {1200, 128, SWIGLU, {{64, 16, NF4}}, 0, APART, true},
         {1200, 100, RMSNORM, {{70, 3, BF16}, {64, 3, NF4_TWICE}}, 0.1f, NONE, true},
     };
@@ -232,7 +241,7 @@ struct Problem {
     size_t x_width() const { return size_t(shape.C) * (shape.kind == SWIGLU ? 2 : 1); }
 };
 
-// Adapters are as large as their matrix in the output and in din; dA and dB begin as large as what is added.
+// Adapters count as much as their matrix in the output and in din; dA and dB begin a little smaller than they get.
 Problem make_problem(const Shape& shape) {
     Problem p;
     p.shape = shape;
@@ -244,13 +253,13 @@ Problem make_problem(const Shape& shape) {
         p.w.push_back(make_weight(OC * C, seed++));
         p.A.push_back(random_values<float>(r * C, seed++, half));
         p.B.push_back(random_values<float>(r * OC, seed++, half));
-        p.dA.push_back(random_values<float>(r * C, seed++, std::sqrt(double(N * OC)) / 4));
-        p.dB.push_back(random_values<float>(r * OC, seed++, std::sqrt(double(N * C)) / 4));
+        p.dA.push_back(random_values<float>(r * C, seed++, std::sqrt(double(N * OC)) / 16));
+        p.dB.push_back(random_values<float>(r * OC, seed++, std::sqrt(double(N * C)) / 16));
         p.OC += OC;
         p.R += r;
     }
-    p.x = random_activations(N, p.x_width(), seed++);
-    p.rstd = random_rows(N, 1, seed++);
+    p.x = random_activations(N, p.x_width(), seed++, shape.kind == SWIGLU ? 4 : 1);
+    p.rstd = random_rstd(N, seed++);
     p.norm_w = random_values<float>(C, seed++, 2);
     p.residual = random_activations(N, p.OC, seed++);
     p.dout = random_activations(N, p.OC, seed++);
@@ -276,9 +285,13 @@ Outcome<X> run(Cpu<X>& dev, const Problem& p, size_t first, size_t N) {
     using Real = typename Cpu<X>::real;
     const Shape& shape = p.shape;
     const size_t C = size_t(shape.C), ld = p.OC + GAP, x_ld = p.x_width() + GAP;
-    Outcome<X> o = {Guarded<X>(N * ld), Guarded<X>(N * p.R), Guarded<X>(N * C), {}, {}};
     const Guarded<X> x = placed<X>(p.x, first, N, p.x_width(), x_ld);
-    Guarded<X> residual = placed<X>(p.residual, first, N, p.OC, ld), dout = placed<X>(p.dout, first, N, p.OC, ld);
+    const Guarded<X> residual = placed<X>(p.residual, first, N, p.OC, ld);
+    Guarded<X> dout = placed<X>(p.dout, first, N, p.OC, ld);
+    Outcome<X> o = {Guarded<X>(N * ld), Guarded<X>(N * p.R), Guarded<X>(N * C), {}, {}};
+    if (shape.residual == SAME) {
+        memcpy(o.out.data(), residual.data(), N * ld * sizeof(X));
+    }
     const std::vector<Real> rstd = converted<Real>(p.rstd), norm_w = converted<Real>(p.norm_w);
     std::vector<std::vector<Real>> A, B;
     LinearGroup<Real> g;
@@ -295,7 +308,7 @@ Outcome<X> run(Cpu<X>& dev, const Problem& p, size_t first, size_t N) {
         o.dB.push_back(placed<Real>(p.dB[i], 0, 1, p.dB[i].size(), p.dB[i].size()));
         part.w = matrix_of(p.w[i], s.kept, s.OC, shape.C);
         part.r = s.r;
-        part.scale = Real(0.75f + 0.5f * float(i));
+        part.scale = Real(0.75f + 0.25f * float(i));
         part.A = A[i].data();
         part.B = B[i].data();
         part.dA = o.dA[i].data();
@@ -313,28 +326,18 @@ Outcome<X> run(Cpu<X>& dev, const Problem& p, size_t first, size_t N) {
     const Rope<Real>* no_rope = nullptr;
     {
         Workspace<X> workspace(dev, bytes);
-        X* const added = shape.residual == SAME ? o.out.data() : residual.data();
-        if (shape.residual == SAME) {
-            o.out = placed<X>(p.residual, first, N, p.OC, ld);
-        }
-        linear_forward(dev, o.out.data(), ld, o.xa.data(), in, g, N, shape.residual == NONE ? nullptr : added, no_rope,
-                       drop);
+        const X* added = shape.residual == SAME ? o.out.data() : shape.residual == APART ? residual.data() : nullptr;
+        linear_forward(dev, o.out.data(), ld, o.xa.data(), in, g, N, added, no_rope, drop);
     }
     Workspace<X> workspace(dev, bytes);
     linear_backward(dev, shape.din ? o.din.data() : nullptr, dout.data(), ld, in, g, o.xa.data(), N, no_rope, drop);
-    CHECK_FENCES(o.out);
-    CHECK_FENCES(o.xa);
-    CHECK_FENCES(o.din);
-    for (size_t i = 0; i < shape.parts.size(); i++) {
-        CHECK_FENCES(o.dA[i]);
-        CHECK_FENCES(o.dB[i]);
-    }
     return o;
 }
 
+// With the fences of both.
 template <class X>
 bool same(const Guarded<X>& a, const Guarded<X>& b) {
-    return a.n == b.n && same_bits(a.data(), b.data(), a.n);
+    return a.intact() && b.intact() && same_bits(a.data(), b.data(), a.n);
 }
 
 // The bits of what is written to memory, by more threads, and of the last row by itself.
@@ -348,7 +351,7 @@ void check_bits(const std::string& name, Cpu<X>& dev, const Problem& p, const Ou
         for (size_t i = 0; i < r.dA.size(); i++) {
             equal = equal && same(r.dA[i], one.dA[i]) && same(r.dB[i], one.dB[i]);
         }
-        CHECK(equal, "%s%d threads give other bits", name.c_str(), threads);
+        CHECK(equal, "%s%d threads give other bits, or write outside", name.c_str(), threads);
     }
     const Outcome<X> row = run(dev, p, last, 1);
     CHECK(same_bits(row.out.data(), one.out.data() + last * ld, ld) &&
@@ -358,21 +361,17 @@ void check_bits(const std::string& name, Cpu<X>& dev, const Problem& p, const Ou
 }
 
 template <class X>
-void linear(const char* math, std::vector<const char*> tiers) {
-    std::vector<Problem> problems;
-    std::vector<Outcome<double>> exact;
-    for (const Shape& shape : shapes()) {
-        DoubleDevice dev(2);
-        problems.push_back(make_problem(shape));
-        exact.push_back(run<double>(dev, problems.back(), 0, shape.N));
-    }
+void linear(const char* math) {
+    std::vector<Cpu<X>> list = devices<X>(math);
     const double bound = tolerance(math);
-    for_each_device<X>(math, tiers, [&](Cpu<X>& dev, const std::string& who) {
-        for (size_t i = 0; i < problems.size(); i++) {
-            const Problem& p = problems[i];
-            const Outcome<double>& want = exact[i];
-            const size_t N = p.shape.N, C = size_t(p.shape.C);
-            const std::string name = who + ", " + p.shape.name();
+    for (size_t i = 0; i < shapes().size() && !list.empty(); i++) {
+        DoubleDevice double_device(2);
+        const Problem p = make_problem(shapes()[i]);
+        const size_t N = p.shape.N, C = size_t(p.shape.C);
+        const Outcome<double> want = run<double>(double_device, p, 0, N);
+        for (Cpu<X>& dev : list) {
+            const std::string name =
+                std::string(dev.isa->name) + ", N " + std::to_string(N) + " C " + std::to_string(C) + ": ";
             dev.threads = 1;
             const Outcome<X> got = run(dev, p, 0, N);
             check_near(name + "out", got.out, want.out, N, p.OC, p.OC + GAP, bound);
@@ -384,7 +383,7 @@ void linear(const char* math, std::vector<const char*> tiers) {
             }
             check_bits(name, dev, p, got);
         }
-    });
+    }
 }
 
 // ---- the head ----
@@ -397,8 +396,8 @@ struct HeadShape {
 };
 // Several runs of the vocabulary (8,192) in the backward pass, several chunks of rows (512).
 const HeadShape heads[] = {
-    {5, 1, 68, 513, F32, RMSNORM},        {97, 50, 100, 8300, BF16, RMSNORM},    {33, 20, 64, 16400, NF4_TWICE, PLAIN},
-    {1200, 577, 64, 101, BF16, RMSNORM},  {600, 580, 128, 70, NF4, PLAIN},       {97, 97, 1088, 101, BF16, RMSNORM},
+    {5, 1, 68, 513, F32, RMSNORM},       {97, 50, 100, 8300, BF16, RMSNORM}, {33, 20, 64, 16400, NF4_TWICE, PLAIN},
+    {1200, 577, 64, 101, BF16, RMSNORM}, {600, 580, 128, 70, NF4, PLAIN},    {97, 97, 1088, 101, BF16, RMSNORM},
 };
 
 struct Head {
@@ -440,10 +439,6 @@ HeadOutcome<X> run(Cpu<X>& dev, const Head& h) {
     Workspace<X> workspace(dev, bytes);
     classifier(dev, o.losses.data(), o.correct.data(), o.din.data(), in, w, h.rows.data(), h.labels.data(), s.n, s.N,
                Real(0.5));
-    CHECK_FENCES(o.logits);
-    CHECK_FENCES(o.losses);
-    CHECK_FENCES(o.correct);
-    CHECK_FENCES(o.din);
     return o;
 }
 
@@ -452,22 +447,17 @@ int32_t arg_max(const Real* logits, int V) {
     return int32_t(std::max_element(logits, logits + V) - logits);  // the first of equals
 }
 
-// Logits of about 1, every third label the greatest of them.
-Head make_head(const HeadShape& shape, HeadOutcome<double>* exact) {
-    DoubleDevice dev(2);
-    Head h = {shape, make_weight(size_t(shape.V) * size_t(shape.C), 1), {}, {}, {}, {}, {}};
-    h.x = random_activations(shape.N, size_t(shape.C), 2);
-    h.rstd = random_rows(shape.N, 1, 3);
-    h.norm_w = random_values<float>(size_t(shape.C), 4, 12 / std::sqrt(double(shape.C)));
+// Logits of a few units. Every third label is to be the greatest of them, which the caller finds.
+Head make_head(const HeadShape& shape) {
+    const size_t C = size_t(shape.C);
+    Head h = {shape, make_weight(size_t(shape.V) * C, 1), {}, {}, {}, {}, {}};
+    h.x = random_activations(shape.N, C, 2);
+    h.rstd = random_rstd(shape.N, 3);
+    h.norm_w = random_values<float>(C, 4, 12 / std::sqrt(double(C)));
     for (size_t i = 0; i < shape.n; i++) {
         h.rows.push_back(int32_t((i + 1) * shape.N / shape.n - 1));
         h.labels.push_back(int32_t(i * 7919 % size_t(shape.V)));
     }
-    *exact = run<double>(dev, h);
-    for (size_t i = 0; i < shape.n; i += 3) {
-        h.labels[i] = arg_max(&exact->logits[i * size_t(shape.V)], shape.V);
-    }
-    *exact = run<double>(dev, h);
     return h;
 }
 
@@ -485,27 +475,31 @@ void check_head(const std::string& name, const Head& h, const HeadOutcome<X>& go
     // lse errs no more than the logits; and both, and their difference, are floats.
     CHECK_ERROR(name + "losses", greatest_error(got.losses.data(), want.losses.data(), n),
                 2 * EXTREME * bound * std::sqrt(squares / double(n * V)) + 4 * 0x1p-24 * (most + std::log(double(V))));
-    size_t wrong = 0, next = 0;
+    size_t wrong = 0, not_zero = 0;
     for (size_t i = 0; i < n; i++) {
         wrong += got.correct[i] != (arg_max(&got.logits[i * V], h.shape.V) == h.labels[i]);
     }
-    CHECK(wrong == 0, "%scorrect is wrong for %zu of %zu rows", name.c_str(), wrong, n);
-    for (size_t i = 0; i < N; i++) {
-        const bool labelled = next < n && size_t(h.rows[next]) == i;
-        next += labelled;
-        for (size_t c = 0; c < C && !labelled; c++) {
-            CHECK(value(got.din[i * C + c]) == 0, "%sdin of row %zu, which has no label, is not zero", name.c_str(), i);
-        }
+    for (size_t i = 0; i < N * C; i++) {
+        not_zero += want.din[i] == 0 && value(got.din[i]) != 0;
     }
+    CHECK(wrong == 0, "%scorrect is wrong for %zu of %zu rows", name.c_str(), wrong, n);
+    CHECK(not_zero == 0, "%sdin is not zero in %zu places of rows without a label", name.c_str(), not_zero);
 }
 
 template <class X>
-void head(const char* math, std::vector<const char*> tiers) {
-    for (const HeadShape& shape : heads) {
-        HeadOutcome<double> want = {Guarded<double>(0), Guarded<double>(0), Guarded<uint8_t>(0), Guarded<double>(0)};
-        const Head h = make_head(shape, &want);
-        for_each_device<X>(math, tiers, [&](Cpu<X>& dev, const std::string& who) {
-            const std::string name = who + ", V " + std::to_string(shape.V) + " C " + std::to_string(shape.C) + ": ";
+void head(const char* math) {
+    std::vector<Cpu<X>> list = devices<X>(math);
+    for (size_t i = 0; i < std::size(heads) && !list.empty(); i++) {
+        DoubleDevice double_device(2);
+        Head h = make_head(heads[i]);
+        HeadOutcome<double> want = run<double>(double_device, h);
+        for (size_t k = 0; k < h.labels.size(); k += 3) {
+            h.labels[k] = arg_max(&want.logits[k * size_t(h.shape.V)], h.shape.V);
+        }
+        want = run<double>(double_device, h);
+        for (Cpu<X>& dev : list) {
+            const std::string name = std::string(dev.isa->name) + ", V " + std::to_string(h.shape.V) + " C " +
+                                     std::to_string(h.shape.C) + ": ";
             dev.threads = 1;
             const HeadOutcome<X> one = run(dev, h);
             check_head(name, h, one, want, tolerance(math));
@@ -514,20 +508,20 @@ void head(const char* math, std::vector<const char*> tiers) {
                 const HeadOutcome<X> r = run(dev, h);
                 CHECK(same(r.logits, one.logits) && same(r.losses, one.losses) && same(r.correct, one.correct) &&
                           same(r.din, one.din),
-                      "%s%d threads give other bits", name.c_str(), threads);
+                      "%s%d threads give other bits, or write outside", name.c_str(), threads);
             }
-        });
+        }
     }
 }
 
 }  // namespace
 
 extern const Test engine_tests[] = {
-    {"linear_fp32", [] { linear<float>("fp32", {"ref", "avx2", "avx512"}); }},
-    {"linear_int16", [] { linear<float>("int16", {"avx512vnni"}); }},
-    {"linear_bf16", [] { linear<bf16>("bf16", {"amx"}); }},
-    {"head_fp32", [] { head<float>("fp32", {"ref", "avx2", "avx512"}); }},
-    {"head_int16", [] { head<float>("int16", {"avx512vnni"}); }},
-    {"head_bf16", [] { head<bf16>("bf16", {"amx"}); }},
+    {"linear_fp32", [] { linear<float>("fp32"); }},
+    {"linear_int16", [] { linear<float>("int16"); }},
+    {"linear_bf16", [] { linear<bf16>("bf16"); }},
+    {"head_fp32", [] { head<float>("fp32"); }},
+    {"head_int16", [] { head<float>("int16"); }},
+    {"head_bf16", [] { head<bf16>("bf16"); }},
     {nullptr, nullptr},
 };
