@@ -597,12 +597,13 @@ static void surroundings() {
     expect(115, "--resume -o '" + odd + "/run'", 0, "already complete");
 }
 
-// Once: saved, the way on is shown. Twice: at once, in the middle of a step (which takes a second or more on the tier ref).
-// SIGTERM, since a shell starts what is in the background with SIGINT ignored.
+// Once: saved, the way on is shown. Twice: at once, in the middle of a step, which takes a second or more on the tier ref,
+// and on any in an instrumented build. SIGTERM, since a shell starts what is in the background with SIGINT ignored.
 static void interrupted() {
+    const std::string slow = getenv("RANKS_STEPS") != nullptr ? "" : "TRAIN_LLAMA_CPU=ref ";
     const std::string dir = test_directory(), data = small_data(220);
     auto signalled = [&](std::string* out, const std::string& run, const std::string& signals) {
-        return run_command(out, "TRAIN_LLAMA_CPU=ref " + program() + " -i " + data + base() + " -r 16 -b 400 -e 9 --threads 1 --val none -o " +
+        return run_command(out, slow + program() + " -i " + data + base() + " -r 16 -b 400 -e 9 --threads 1 --val none -o " +
                                     run + " & p=$!; for i in $(seq 300); do [ -s " + run +
                                     "/log.jsonl ] && break; sleep 0.1; done; sleep 0.2; " + signals + " wait $p");
     };

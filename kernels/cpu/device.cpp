@@ -85,12 +85,16 @@ void device_zero(Cpu<X>&, void* p, size_t bytes) {
 
 template <class X>
 void device_to(Cpu<X>&, void* device_p, const void* host_p, size_t bytes) {
-    memcpy(device_p, host_p, bytes);
+    if (bytes > 0) {  // an empty list has no address
+        memcpy(device_p, host_p, bytes);
+    }
 }
 
 template <class X>
 void device_from(Cpu<X>&, void* host_p, const void* device_p, size_t bytes) {
-    memcpy(host_p, device_p, bytes);
+    if (bytes > 0) {
+        memcpy(host_p, device_p, bytes);
+    }
 }
 
 template <class X>
