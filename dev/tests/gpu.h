@@ -120,15 +120,6 @@ std::vector<double> random_stored(size_t n, uint64_t seed, double size = 1) {
     return x;
 }
 
-// Root of the mean square of a - exact; NaN if any is.
-inline double rms_error(const std::vector<double>& a, const std::vector<double>& exact) {
-    double sum = 0;
-    for (size_t i = 0; i < exact.size(); i++) {
-        sum += (a[i] - exact[i]) * (a[i] - exact[i]);
-    }
-    return std::sqrt(sum / double(exact.size() > 0 ? exact.size() : 1));
-}
-
 // The yardstick: `plain` is the same op evaluated by plain operations, each rounded to X where PyTorch's kernels round.
 // Neither the root mean square nor the greatest error of `got` may be more than twice its. floor: one unit in the last
 // place of X at the greatest value, below which the order of two roundings decides (for the rms: a hundredth of it).

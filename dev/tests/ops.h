@@ -73,6 +73,15 @@ double greatest_error(const A* a, const B* b, size_t n) {
     return worst;
 }
 
+// Root of the mean square of a - exact; NaN if any is.
+inline double rms_error(const std::vector<double>& a, const std::vector<double>& exact) {
+    double sum = 0;
+    for (size_t i = 0; i < exact.size(); i++) {
+        sum += (a[i] - exact[i]) * (a[i] - exact[i]);
+    }
+    return std::sqrt(sum / double(exact.size() > 0 ? exact.size() : 1));
+}
+
 template <class T>
 double greatest(const T* a, size_t n) {
     std::vector<T> zero(n, T(0));
