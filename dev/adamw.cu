@@ -7,6 +7,7 @@
 #include "dev/harness.h"
 #include "kernels/adamw.cuh"
 #include "kernels/cpu/adamw.h"
+#include "kernels/cpu/parallel.h"
 
 enum { P, M, V, G };
 

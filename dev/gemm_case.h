@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "kernels/cpu/linear.h"
+#include "kernels/cpu/parallel.h"
 
 enum { FORWARD, BACKWARD };
 

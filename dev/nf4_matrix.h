@@ -3,6 +3,7 @@
 #pragma once
 #include "dev/harness.h"
 #include "kernels/cpu/nf4.h"
+#include "kernels/cpu/parallel.h"
 #include "kernels/nf4.cuh"
 
 // The first arrays of such an op; what it has beside them follows.

@@ -6,6 +6,7 @@
 //   c2* kernels/cpu/nf4.cpp: a threshold at a time over a block of 64
 #include "dev/harness.h"
 #include "kernels/cpu/nf4.h"
+#include "kernels/cpu/parallel.h"
 #include "kernels/nf4.cuh"
 
 enum { CODES, ABSMAX, WEIGHTS };

@@ -8,6 +8,7 @@
 //   c3* kernels/cpu/elementwise.h: rstd of all rows, then the rows (which packing makes, see linear.h)
 #include "dev/harness.h"
 #include "kernels/cpu/elementwise.h"
+#include "kernels/cpu/parallel.h"
 #include "kernels/rmsnorm.cuh"
 
 enum { OUT, RSTD, X_IN, W };

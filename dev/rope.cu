@@ -7,6 +7,7 @@
 //   c2* kernels/cpu/elementwise.h
 #include "dev/harness.h"
 #include "kernels/cpu/elementwise.h"
+#include "kernels/cpu/parallel.h"
 #include "kernels/rope.cuh"
 
 enum { QKV, COS, SIN, POSITIONS };

@@ -8,6 +8,7 @@
 //   c3* kernels/cpu/elementwise.h
 #include "dev/harness.h"
 #include "kernels/cpu/elementwise.h"
+#include "kernels/cpu/parallel.h"
 #include "kernels/swiglu.cuh"
 
 enum { OUT, DGATE_UP, GATE_UP, DOUT };
