@@ -155,7 +155,7 @@ ifneq (,$(x86))
 $(BUILD)/kernels/cpu/isa_avx2.o: tier := -mavx2 -mfma -mf16c -mbmi2
 avx512 := -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mbmi2 -mprefer-vector-width=512
 $(BUILD)/kernels/cpu/isa_avx512.o: tier := $(avx512)
-$(BUILD)/kernels/cpu/isa_avx512vnni.o: tier := $(avx512) -mavx512vnni -mavx512vbmi
+$(BUILD)/kernels/cpu/isa_avx512vnni.o: tier := $(avx512) -mavx512vnni
 $(BUILD)/kernels/cpu/isa_amx.o $(BUILD)/simt/kernels/cpu/isa_amx.o: tier := $(avx512) -mavx512vnni -mavx512vbmi \
                                                                           -mavx512bf16 -mamx-tile -mamx-bf16
 endif

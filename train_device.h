@@ -266,7 +266,7 @@ Error with_cpu(Run& run, const CpuIsa* isa, const Fn& fn) {
     dev.isa = isa;
     if (!device_math(dev, run.o.math.c_str())) {
         return bad_input("--math %s: the processor has no %s (its tier is %s)", run.o.math.c_str(),
-                         run.o.math == "int16" ? "AVX-512 with VNNI and VBMI" : "AMX", isa->name)
+                         run.o.math == "int16" ? "AVX-512 with VNNI" : "AMX", isa->name)
             .hinted("leave out --math, and the fastest arithmetic that it has is taken");
     }
     return with_ranks(run, dev, fn);

@@ -41,9 +41,9 @@ X86 = platform.machine() in ("x86_64", "AMD64")
 FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-fopenmp", "-w"] + (["-march=x86-64-v2"] if X86 else [])
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *AVX2, "-mprefer-vector-width=512"]
-VNNI = [*AVX512, "-mavx512vnni", "-mavx512vbmi"]
+VNNI = [*AVX512, "-mavx512vnni"]
 TIERS = {"kernels/cpu/isa_avx2.cpp": AVX2, "kernels/cpu/isa_avx512.cpp": AVX512, "kernels/cpu/isa_avx512vnni.cpp": VNNI,
-         "kernels/cpu/isa_amx.cpp": [*VNNI, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]}
+         "kernels/cpu/isa_amx.cpp": [*VNNI, "-mavx512vbmi", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]}
 # What the group amx sees with the stand-in's tiles; as sources they are named with STANDIN before their path.
 STANDIN = "simt/"
 AMX_SOURCES = {"kernels/cpu/" + name for name in ("isa_amx.cpp", "isa_choose.cpp", "amx_permitted.cpp")}

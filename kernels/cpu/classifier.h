@@ -18,6 +18,7 @@ struct ClassifierSpace {
     size_t rows;           // of a chunk
     Strips<Real> x;        // input of a chunk
     Real* logits;          // (rows, V)
+    Real* lse;             // (rows)
     Strips<Real> dlogits;  // (rows, CLASSIFIER_COLUMNS)
     Real* dx;              // (rows, C)
 };
@@ -33,6 +34,7 @@ ClassifierSpace<typename Cpu<X>::real> classifier_space(const Cpu<X>& dev, Arena
     s.scratch = thread_scratch(dev, arena);
     s.x = strips_take(arena, base_format(dev), s.rows, size_t(C));
     s.logits = arena_take<Real>(arena, s.rows * size_t(V));
+    s.lse = arena_take<Real>(arena, s.rows);
     const size_t columns = size_t(V) < CLASSIFIER_COLUMNS ? size_t(V) : CLASSIFIER_COLUMNS;
     s.dlogits = strips_take(arena, base_format(dev), s.rows, columns);
     s.dx = arena_take<Real>(arena, s.rows * size_t(C));
@@ -60,13 +62,16 @@ void head_product(Cpu<X>& dev, Real* logits, const LinearInput<X, Real>& in, con
     gemm(dev, &product, 1, n, s.scratch);
 }
 
-// dx (n, C) = dlogits (n, V) W, a run of the vocabulary after another.
+// dx (n, C) = dlogits (n, V) W, a run of the vocabulary after another; dlogits are made of the logits as they are packed.
 template <class X, class Real>
-void head_backward(Cpu<X>& dev, const Matrix& head, size_t n, const ClassifierSpace<Real>& s) {
+void head_backward(Cpu<X>& dev, const Matrix& head, const int32_t* labels, size_t n, Real scale,
+                   const ClassifierSpace<Real>& s) {
     const size_t V = size_t(head.rows);
     for (size_t first = 0; first < V; first += CLASSIFIER_COLUMNS) {
         size_t columns = V - first < CLASSIFIER_COLUMNS ? V - first : CLASSIFIER_COLUMNS;
-        pack_a(dev, s.dlogits, operand_plain<X>(s.logits + first, V), false, n, columns, s.scratch);
+        Operand<X> dlogits = operand_softmax_grad<X>(s.logits, V, s.lse, labels, scale);
+        dlogits.col0 = first;
+        pack_a(dev, s.dlogits, dlogits, false, n, columns, s.scratch);
         Product<X, Real> product;
         product.c = s.dx;
         product.ldc = product.n = size_t(head.cols);
@@ -109,7 +114,7 @@ void classifier(Cpu<X>& dev, typename Cpu<X>::real* losses, uint8_t* correct, X*
         const size_t m = n - first < s.rows ? n - first : s.rows;
         head_product(dev, s.logits, in, head, rows + first, m, s);
         parallel_tasks(worth_threads(dev, m * V, PACK_LEAST), m, [&](size_t i, int) {
-            Real* logits = s.logits + i * V;
+            const Real* logits = s.logits + i * V;
             const size_t label = size_t(labels[first + i]);
             const auto& kernels = row_kernels(dev);
             Real max = kernels.row_max(logits, V), target = logits[label];
@@ -120,13 +125,10 @@ void classifier(Cpu<X>& dev, typename Cpu<X>::real* losses, uint8_t* correct, X*
             }
             losses[first + i] = lse - target;
             correct[first + i] = best;
-            if (din) {
-                kernels.softmax_grad(logits, lse, scale, V);
-                logits[label] -= scale;
-            }
+            s.lse[i] = lse;
         });
         if (din) {
-            head_backward(dev, head, m, s);
+            head_backward(dev, head, labels + first, m, scale, s);
             parallel_ranges(dev.threads, m, PACK_LEAST / C + 1, [&](size_t begin, size_t end, int) {
                 for (size_t i = begin; i < end; i++) {
                     row_convert(dev, din + size_t(rows[first + i]) * C, s.dx + i * C, C);

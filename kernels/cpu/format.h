@@ -27,7 +27,8 @@ struct GemmFormat {
 
     // Lines: n lines of k floats, ldi apart; a line is a row of A or a column of B. n <= MR, or NR.
     // Columns: k lines of n floats; the reduction runs over the lines.
-    // The n rows or columns of one strip or panel, from the unit that `out` points to: ceil(k / unit) units.
+    // The n rows or columns of one strip or panel, from the unit that `out` points to: ceil(k / unit) units. Columns of
+    // B may be more than NR: ceil(n / NR) panels of that many units, one after another.
     void (*pack_a_lines)(void* out, const Real* in, size_t ldi, int n, size_t k);
     void (*pack_a_columns)(void* out, const Real* in, size_t ldi, int n, size_t k);
     void (*pack_b_lines)(void* out, const Real* in, size_t ldi, int n, size_t k);

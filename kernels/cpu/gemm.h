@@ -214,6 +214,7 @@ struct Operand {
     enum Kind {
         WEIGHT,  // a frozen matrix
         PLAIN,   // scale * x, row stride ld
+        SOFTMAX_GRAD,  // scale * (exp(x - lse[row]) - [column = label[row]]), row stride ld
         INPUT    // scale * the input of a group, row `map[row]` when there is a map, under dropout when there is one
     } kind = PLAIN;
     const Matrix* w = nullptr;
@@ -224,6 +225,8 @@ struct Operand {
     const int32_t* map = nullptr;
     const Dropout* drop = nullptr;
     uint32_t module = 0;
+    const Real* lse = nullptr;
+    const int32_t* label = nullptr;
     size_t row0 = 0, col0 = 0;
 };
 
@@ -251,6 +254,16 @@ Operand<X> operand_input(const LinearInput<X, Real>& in, int columns) {
     op.kind = Operand<X>::INPUT;
     op.in = in;
     op.ld = size_t(columns);
+    return op;
+}
+
+// The gradient of cross-entropy by its logits, made anew wherever it is packed.
+template <class X, class Real>
+Operand<X> operand_softmax_grad(const Real* logits, size_t ld, const Real* lse, const int32_t* label, Real scale) {
+    Operand<X> op = operand_plain<X>(logits, ld, scale);
+    op.kind = Operand<X>::SOFTMAX_GRAD;
+    op.lse = lse;
+    op.label = label;
     return op;
 }
 
@@ -284,6 +297,15 @@ void operand_run(const Cpu<X>& dev, Real* out, const Operand<X>& op, size_t row,
     if (op.kind == Operand<X>::PLAIN) {
         memcpy(out, op.x + row * op.ld + column, n * sizeof(Real));
         operand_scale(out, op.scale, n);
+        return;
+    }
+    if (op.kind == Operand<X>::SOFTMAX_GRAD) {
+        memcpy(out, op.x + row * op.ld + column, n * sizeof(Real));
+        row_kernels(dev).softmax_grad(out, op.lse[row], op.scale, n);
+        const size_t label = size_t(op.label[row]);
+        if (label >= column && label < column + n) {
+            out[label - column] -= op.scale;
+        }
         return;
     }
     row = op.map ? size_t(op.map[row]) : row;
@@ -481,9 +503,12 @@ bool pack_weight(const Cpu<X>& dev, const GemmFormat<float>& f, const ThreadScra
     }
     if (w.store == Store::BF16 && (along ? f.pack_b_bf16_columns : f.pack_b_bf16_lines) != nullptr) {
         const bf16* in = static_cast<const bf16*>(w.data) + row * cols + column;
+        if (along) {
+            f.pack_b_bf16_columns(s.panels, in, cols, int(n), k);
+            return true;
+        }
         for (size_t j = 0; j < n; j += width) {
-            (along ? f.pack_b_bf16_columns : f.pack_b_bf16_lines)(
-                s.panels + j / width * panel, in + (along ? j : j * cols), cols, int(n - j < width ? n - j : width), k);
+            f.pack_b_bf16_lines(s.panels + j / width * panel, in + j * cols, cols, int(n - j < width ? n - j : width), k);
         }
         return true;
     }
@@ -577,6 +602,8 @@ struct Product {
     size_t ldc = 0, n = 0;
     const Out* residual = nullptr;
     bool add = false;
+    const Rope<typename Cpu<X>::real>* rope = nullptr;  // of its first rope_heads heads, before it is rounded
+    size_t rope_heads = 0;
     int terms = 0;
     Term<X> term[MAX_TERMS];
 };
@@ -587,8 +614,30 @@ void product_add(Product<X, Out>& p, const Strips<typename Cpu<X>::real>& a, siz
     p.term[p.terms++] = {a, K, b, along};
 }
 
+// Columns of the least block that is whole in 64s and in heads.
+inline size_t rope_step(int HS) {
+    size_t step = 64;
+    while (step % size_t(HS) != 0) {
+        step += 64;
+    }
+    return step;
+}
+
+// RoPE in place, on `columns` columns of whole heads.
+template <class X, class Real>
+void rope_block(const Cpu<X>& dev, Real* c, size_t ldc, const Rope<Real>& rope, size_t columns, size_t row0,
+                size_t row1) {
+    const size_t half = size_t(rope.HS) / 2;
+    for (size_t row = row0; row < row1; row++, c += ldc) {
+        const size_t at = size_t(rope.positions[row]) * half;
+        for (size_t j = 0; j < columns; j += 2 * half) {
+            real_kernels(dev).rotate(c + j, c + j + half, rope.cos + at, rope.sin + at, half, false);
+        }
+    }
+}
+
 // The columns n0 .. n0 + nc and the rows row0 .. row1 (row0 a multiple of every format's MR) of one product, by one
-// thread.
+// thread. Heads that are to be rotated do not straddle blocks.
 template <class X, class Out, class Real>
 void gemm_block(const Cpu<X>& dev, const Product<X, Out>& p, size_t M, size_t n0, size_t nc, size_t row0, size_t row1,
                 const ThreadScratch<Real>& s) {
@@ -621,6 +670,10 @@ void gemm_block(const Cpu<X>& dev, const Product<X, Out>& p, size_t M, size_t n0
             }
         }
     }
+    const size_t rotated = p.rope ? p.rope_heads * size_t(p.rope->HS) : 0;
+    if (n0 < rotated) {
+        rope_block(dev, sum, lds, *p.rope, rotated - n0 < nc ? rotated - n0 : nc, row0, row1);
+    }
     if constexpr (!in_place) {
         for (size_t i = 0; i < row1 - row0; i++) {
             row_convert(dev, out + i * p.ldc, sum + i * lds, nc);
@@ -640,18 +693,18 @@ template <class X, class Out>
 GemmCut gemm_cut(const Cpu<X>& dev, const Product<X, Out>* products, int count, size_t M, size_t threads) {
     constexpr size_t PACK_ROWS = 10, STRIP_COLUMNS = 12, ROWS = 96;  // ROWS: a multiple of every MR
     const size_t longest = std::is_same<Out, typename Cpu<X>::real>::value ? M : SUMS_ROWS;
-    const size_t least_nc = 64, widest_nc = base_format(dev).NC;  // whole panels and whole blocks of NF4
-    size_t most = 0;
+    size_t step = 64, most = 0;  // whole panels, whole blocks of NF4, whole heads
     for (int i = 0; i < count; i++) {
         most = products[i].n > most ? products[i].n : most;
+        step = products[i].rope ? rope_step(products[i].rope->HS) : step;
     }
-    const size_t widest = most < widest_nc ? round_up(most, least_nc) : widest_nc;
+    const size_t widest = round_up(most < base_format(dev).NC ? most : base_format(dev).NC / step * step, step);
     GemmCut best = {};
     size_t least = ~size_t(0);
     const size_t fewest = (M + longest - 1) / longest;
     for (size_t bands = fewest; bands <= fewest * threads && (bands == fewest || M > (bands - 1) * ROWS); bands++) {
         const size_t band = round_up((M + bands - 1) / bands, ROWS);
-        for (size_t nc = widest; nc > 0; nc -= least_nc) {
+        for (size_t nc = widest; nc > 0; nc -= step) {
             size_t blocks = 0;
             for (int i = 0; i < count; i++) {
                 blocks += (products[i].n + nc - 1) / nc;

@@ -1,4 +1,4 @@
-// What AVX-512 with VNNI and VBMI adds to the tier avx512: the int16 format, block floating point for a reduction.
+// What AVX-512 with VNNI adds to the tier avx512: the int16 format, block floating point for a reduction.
 //
 // 64 reduction indices are a block, and a unit of the format. Every block of a row of A or of a column of B has a scale
 // of its own and its elements are whole multiples of it, as large as the sum of a block allows:
@@ -311,9 +311,9 @@ static void pack_b_lines(void* out, const In* in, size_t ldi, int n, size_t k) {
     }
 }
 
+// One panel.
 template <class In>
-static void pack_b_columns(void* out, const In* in, size_t ldi, int n, size_t k) {
-    UnitB* unit = static_cast<UnitB*>(out);
+static void pack_b_panel(UnitB* unit, const In* in, size_t ldi, int n, size_t k) {
     for (size_t k0 = 0; k0 < k; k0 += BLOCK, unit++, in += BLOCK * ldi) {
         const size_t count = k - k0 < BLOCK ? k - k0 : BLOCK;
         __m512i greatest[NV];
@@ -349,6 +349,14 @@ static void pack_b_columns(void* out, const In* in, size_t ldi, int n, size_t k)
     }
 }
 
+template <class In>
+static void pack_b_columns(void* out, const In* in, size_t ldi, int n, size_t k) {
+    UnitB* unit = static_cast<UnitB*>(out);
+    for (int j = 0; j < n; j += NR, unit += (k + BLOCK - 1) / BLOCK) {
+        pack_b_panel(unit, in + j, ldi, n - j < NR ? n - j : NR, k);
+    }
+}
+
 // ---- B from NF4 ----
 
 // The 16 weights code * absmax of a block, in steps.
@@ -363,14 +371,10 @@ inline __m512i greatest_weight(__m512 absmax) {
 
 // 32 codes, the earlier of a byte in its high nibble, to 32 words of a table that holds its 16 twice.
 inline __m512i look_up(const uint8_t* codes, __m512i table) {
-    // Eight quadwords of 4 words: 2 bytes each, cut so that a nibble starts each word. vpermw reads 5 bits of it.
-    const __m512i cut =
-        _mm512_set_epi64(0x0038003c00300034, 0x0028002c00200024, 0x0018001c00100014, 0x0008000c00000004,
-                         0x0038003c00300034, 0x0028002c00200024, 0x0018001c00100014, 0x0008000c00000004);
-    const __m512i twice = _mm512_set_epi64(1, 1, 1, 1, 0, 0, 0, 0);
-    __m512i bytes = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)codes));
-    bytes = _mm512_multishift_epi64_epi8(cut, _mm512_permutexvar_epi64(twice, bytes));
-    return _mm512_permutexvar_epi16(bytes, table);
+    // A byte to a lane, its nibbles to the lane's words; vpermw reads 5 bits of each.
+    const __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)codes));
+    const __m512i later = _mm512_and_si512(_mm512_slli_epi32(byte, 16), _mm512_set1_epi32(0x000f0000));
+    return _mm512_permutexvar_epi16(_mm512_or_si512(_mm512_srli_epi32(byte, 4), later), table);
 }
 
 static void pack_b_nf4_lines(void* out, const uint8_t* codes, size_t ld, const float* absmax, size_t lda, int n,
@@ -410,21 +414,20 @@ static void pack_square(UnitB* unit, const uint8_t* codes, size_t ld, const floa
     float factor;
     const __m512 scale = _mm512_set1_ps(block_scale(false, _mm512_reduce_max_epi32(greatest), &factor));
     const __m512 inverse = _mm512_set1_ps(factor);
-    // Byte q of the even line and of the odd one to quadword q; from there the nibbles of two columns of both.
-    const __m512i take = _mm512_set_epi64(0x2707, 0x2606, 0x2505, 0x2404, 0x2303, 0x2202, 0x2101, 0x2000);
-    const __m512i cut = _mm512_set1_epi64(0x00080000000c0004);
+    // Two codes of the even line in a byte, of the odd one in another; 8 of each make 16 columns' pairs.
+    const __m512i nibbles = _mm512_set1_epi32(0x000f000f), upper_table = _mm512_set1_epi32(0x00100000);
     for (size_t p = 0; p < 32; p++) {
         const size_t even = 2 * p < lines ? 2 * p : lines - 1, odd = 2 * p + 1 < lines ? 2 * p + 1 : lines - 1;
         const __m512i table = words(step_table(absmax[2 * p], inverse), step_table(absmax[2 * p + 1], inverse));
-        const __m512i bytes =
-            _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)(codes + even * ld))),
-                               _mm256_loadu_si256((const __m256i*)(codes + odd * ld)), 1);
+        const uint8_t *e = codes + even * ld, *o = codes + odd * ld;
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j++) {
-            __m512i from = _mm512_add_epi8(take, _mm512_set1_epi8(char(8 * j)));
-            __m512i code = _mm512_multishift_epi64_epi8(cut, _mm512_permutexvar_epi8(from, bytes));
+            const __m512i low = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i*)(e + 8 * j)));
+            const __m512i high = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i*)(o + 8 * j)));
+            const __m512i both = _mm512_or_si512(low, _mm512_slli_epi64(high, 16));
+            __m512i code = _mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(both, 4), _mm512_slli_epi64(both, 32));
             // Bit 4 chooses the line's half of the table: (code & 15) | (odd ? 16 : 0).
-            code = _mm512_ternarylogic_epi32(code, _mm512_set1_epi32(0x000f000f), _mm512_set1_epi32(0x00100000), 0xea);
+            code = _mm512_ternarylogic_epi32(code, nibbles, upper_table, 0xea);
             _mm512_storeu_si512(unit->pair[p] + j * 16, _mm512_permutexvar_epi16(code, table));
         }
     }

@@ -30,10 +30,11 @@ static bool has_avx512() {
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 static bool has_vnni() {
-    return has_avx512() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
+    return has_avx512() && __builtin_cpu_supports("avx512vnni");
 }
 static bool has_amx() {
-    return has_vnni() && __builtin_cpu_supports("avx512bf16") && amx_permitted();
+    return has_vnni() && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16") &&
+           amx_permitted();
 }
 
 static const struct {

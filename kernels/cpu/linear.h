@@ -145,10 +145,17 @@ void linear_forward(Cpu<X>& dev, X* out, size_t out_stride, X* xa, const LinearI
     }
 
     Product<X, X> product[3];
-    size_t column = 0, rank = 0;
+    size_t column = 0, rank = 0, heads = rope ? size_t(rope->heads) : 0;
+    const bool rotate = rope && rope_step(rope->HS) <= base_format(dev).NC;  // in the product's blocks
     for (int p = 0; p < g.parts; p++) {
         const LinearPart<Real>& part = g.part[p];
         const size_t r = size_t(part.r);
+        if (rotate) {
+            const size_t here = size_t(part.w.rows / rope->HS);
+            product[p].rope = rope;
+            product[p].rope_heads = here < heads ? here : heads;
+            heads -= product[p].rope_heads;
+        }
         product[p].c = out + column;
         product[p].ldc = out_stride;
         product[p].n = size_t(part.w.rows);
@@ -162,7 +169,7 @@ void linear_forward(Cpu<X>& dev, X* out, size_t out_stride, X* xa, const LinearI
         rank += r;
     }
     gemm(dev, product, g.parts, N, s.scratch);
-    if (rope) {
+    if (rope && !rotate) {
         rope_forward(dev, out, out_stride, *rope, N);
     }
 }

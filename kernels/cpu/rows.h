@@ -51,3 +51,12 @@ inline const RowKernels<float, bf16>& row_kernels(const Cpu<bf16>& dev) {
 inline const RowKernels<double>& row_kernels(const Cpu<double>&) {
     return rows_double::table;
 }
+
+// Those on rows of real.
+template <class X>
+const RowKernels<float>& real_kernels(const Cpu<X>& dev) {
+    return dev.isa->rows.of_float;
+}
+inline const RowKernels<double>& real_kernels(const Cpu<double>&) {
+    return rows_double::table;
+}
