@@ -892,7 +892,33 @@ void linear_dropout_mask() {
 
 }  // namespace
 
+// Threads get about the same share, also of few columns: the greatest over the mean. A block of 64 columns or more, and
+// as many strips as it takes; with B threads on T blocks the best that whole blocks allow is ceil(T / B) B / T.
+static void linear_shares() {
+    const struct {
+        size_t M, n, threads;
+        double most;
+    } cases[] = {{512, 768, 2, 1.05},   {512, 2048, 7, 1.15},  {512, 768, 64, 1.2},  {2048, 256, 64, 1.2},
+                 {512, 8192, 64, 1.15}, {96, 2048, 16, 1.25}, {2048, 4096, 128, 1.2}};
+    Cpu<float> dev;
+    device_open(dev, 1);
+    for (const auto& c : cases) {
+        Product<float, float> p;
+        p.n = c.n;
+        const GemmCut cut = gemm_cut(dev, &p, 1, c.M, c.threads);
+        CHECK(cut.nc % 64 == 0 && cut.band % band_unit(dev) == 0, "blocks of %zu columns, %zu rows", cut.nc, cut.band);
+        const size_t tasks = (c.n + cut.nc - 1) / cut.nc * ((c.M + cut.band - 1) / cut.band);
+        const size_t rounds = (tasks + c.threads - 1) / c.threads;
+        const double share = double(rounds * std::min(cut.nc, c.n) * std::min(cut.band, c.M)) * double(c.threads) /
+                             double(c.M * c.n);
+        CHECK(share <= c.most, "%zu rows, %zu columns, %zu threads: blocks of %zu x %zu, share %.2f", c.M, c.n, c.threads,
+              cut.nc, cut.band, share);
+    }
+    device_close(dev);
+}
+
 extern const Test linear_tests[] = {
+    {"linear_shares", linear_shares},
     {"linear_double", linear_double},
     {"linear_tiers", linear_tiers},
     {"linear_int16", linear_int16},

@@ -636,7 +636,7 @@ void rope_block(const Cpu<X>& dev, Real* c, size_t ldc, const Rope<Real>& rope, 
     }
 }
 
-// The columns n0 .. n0 + nc and the rows row0 .. row1 (row0 a multiple of every format's MR) of one product, by one
+// The columns n0 .. n0 + nc and the rows row0 .. row1 (row0 a multiple of band_unit) of one product, by one
 // thread. Heads that are to be rotated do not straddle blocks.
 template <class X, class Out, class Real>
 void gemm_block(const Cpu<X>& dev, const Product<X, Out>& p, size_t M, size_t n0, size_t nc, size_t row0, size_t row1,
@@ -681,6 +681,17 @@ void gemm_block(const Cpu<X>& dev, const Product<X, Out>& p, size_t M, size_t n0
     }
 }
 
+// Rows that are whole strips in both formats of a product.
+template <class X>
+size_t band_unit(const Cpu<X>& dev) {
+    const size_t a = size_t(base_format(dev).MR), b = size_t(adapter_format(dev).MR);
+    size_t unit = a;
+    while (unit % b != 0) {
+        unit += a;
+    }
+    return unit;
+}
+
 // How products are cut: blocks of nc columns and `band` rows.
 struct GemmCut {
     size_t nc, band;
@@ -691,7 +702,8 @@ struct GemmCut {
 // as STRIP_COLUMNS columns). Rows are cut where columns do not go round.
 template <class X, class Out>
 GemmCut gemm_cut(const Cpu<X>& dev, const Product<X, Out>* products, int count, size_t M, size_t threads) {
-    constexpr size_t PACK_ROWS = 10, STRIP_COLUMNS = 12, ROWS = 96;  // ROWS: a multiple of every MR
+    constexpr size_t PACK_ROWS = 10, STRIP_COLUMNS = 12;
+    const size_t unit = band_unit(dev);
     const size_t longest = std::is_same<Out, typename Cpu<X>::real>::value ? M : SUMS_ROWS;
     size_t step = 64, most = 0;  // whole panels, whole blocks of NF4, whole heads
     for (int i = 0; i < count; i++) {
@@ -702,8 +714,8 @@ GemmCut gemm_cut(const Cpu<X>& dev, const Product<X, Out>* products, int count, 
     GemmCut best = {};
     size_t least = ~size_t(0);
     const size_t fewest = (M + longest - 1) / longest;
-    for (size_t bands = fewest; bands <= fewest * threads && (bands == fewest || M > (bands - 1) * ROWS); bands++) {
-        const size_t band = round_up((M + bands - 1) / bands, ROWS);
+    for (size_t bands = fewest; bands <= fewest * threads && (bands == fewest || M > (bands - 1) * unit); bands++) {
+        const size_t band = round_up((M + bands - 1) / bands, unit);
         for (size_t nc = widest; nc > 0; nc -= step) {
             size_t blocks = 0;
             for (int i = 0; i < count; i++) {
