@@ -6,7 +6,7 @@
 //
 //   strip  | unit 0: a_unit bytes | unit 1 | ...        panel  | unit 0: b_unit bytes | unit 1 | ...
 //
-//   fp32   unit 1      A: MR floats                          B: NR floats
+//   fp32   unit 16     A: MR rows of 16 floats               B: 16 rows of NR floats                (leaf_gemm.inc)
 //   int16  unit 64     A: MR x 32 pairs of int16, MR scales  B: 32 x NR pairs of int16, NR scales (isa_avx512vnni.cpp)
 //   bf16   unit 32     A: two tiles of 16 rows x 32          B: two tiles of 16 pairs x 16 columns  (isa_amx.cpp)
 //
