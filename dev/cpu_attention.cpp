@@ -1,5 +1,5 @@
-// Times attention forward and backward with activations in float and in bf16, and compares with the FMA peak measured
-// in between, in the same process.
+// Times attention forward and backward with activations in float and in bf16, on a tier with tiles also multiplied in
+// bf16, and compares with the FMA peak measured in between, in the same process.
 //   build/release/cpu_attention [T] [HS] [NH] [NKV] [documents] [threads]
 // Without T and HS: a list of shapes. Floating-point operations are those of the causal triangle: 2 products forward,
 // 5 backward.
@@ -44,9 +44,10 @@ static void value_set(bf16& x, double value) {
 }
 
 template <class X>
-static void measure(int threads, const Shape& s, const char* storage) {
+static void measure(int threads, const CpuIsa* isa, const Shape& s, const char* storage) {
     Cpu<X> dev;
     device_open(dev, threads);
+    dev.isa = isa;
     const size_t N = size_t(s.T) * size_t(s.documents), wide = size_t(s.NH) * size_t(s.HS);
     const size_t QKV = size_t(s.NH + 2 * s.NKV) * size_t(s.HS);
     std::vector<X> qkv(N * QKV), out(N * wide), dout(N * wide), dqkv(N * QKV);
@@ -116,8 +117,13 @@ int main(int argc, char** argv) {
     printf("%s, %d threads; GFLOP/s, and of the FMA peak\n", dev.isa->name, dev.threads);
     printf("          T   HS     heads  docs   peak |   forward ms             |  backward ms\n");
     for (const Shape& s : shapes) {
-        measure<float>(dev.threads, s, "float");
-        measure<bf16>(dev.threads, s, "bf16");
+        measure<float>(dev.threads, dev.isa, s, "float");
+        CpuIsa floats = *dev.isa;
+        floats.attention_tiles = nullptr;
+        measure<bf16>(dev.threads, &floats, s, "bf16");
+        if (dev.isa->attention_tiles) {
+            measure<bf16>(dev.threads, dev.isa, s, "tiles");
+        }
     }
     device_close(dev);
     return 0;

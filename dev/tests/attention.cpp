@@ -36,10 +36,13 @@ struct Result {
     double score_term = 0, gradient_term = 0;  // greatest sum of magnitudes behind a score and behind dS K
 };
 
-// The formula, row by row, in T alone. D = rowsum(dO O) is of the output given, or of the exact one.
+// The formula, row by row, in T alone. D = rowsum(dO O) is of the output given, or of the exact one. rounded: to bf16,
+// what PyTorch's flash attention rounds beside inputs and results: exp(score - maximum) before it is multiplied by V, P
+// before dO, dS before K and Q.
 template <class T>
 Result<T> plain_attention(const Shape& shape, const std::vector<T>& qkv, const std::vector<T>& dout,
-                          const std::vector<T>& out = {}) {
+                          const std::vector<T>& out = {}, bool rounded = false) {
+    const auto operand = [&](T x) { return rounded ? T(to_float(to_bf16(float(x)))) : x; };
     const Starts s = starts_of(shape.lengths);
     const size_t N = s.N(), HS = size_t(shape.HS), NH = size_t(shape.NH), NKV = size_t(shape.NKV);
     const size_t wide = NH * HS, QKV = (NH + 2 * NKV) * HS;
@@ -74,10 +77,11 @@ Result<T> plain_attention(const Shape& shape, const std::vector<T>& qkv, const s
                 }
                 r.lse[h * N + row] = max + std::log(sum);
                 for (size_t j = 0; j < n; j++) {
+                    const T weight = operand(p[j]) / sum;
                     p[j] /= sum;
                     D += p[j] * dp[j];
                     for (size_t c = 0; c < HS; c++) {
-                        o[c] += p[j] * qkv[(first + j) * QKV + (NH + NKV + kv) * HS + c];
+                        o[c] += weight * qkv[(first + j) * QKV + (NH + NKV + kv) * HS + c];
                     }
                 }
                 for (size_t c = 0; c < HS && !out.empty(); c++) {
@@ -86,11 +90,11 @@ Result<T> plain_attention(const Shape& shape, const std::vector<T>& qkv, const s
                 for (size_t j = 0; j < n; j++) {
                     const T* k = &qkv[(first + j) * QKV + (NH + kv) * HS];
                     T *dk = &r.dqkv[(first + j) * QKV + (NH + kv) * HS], *dv = dk + NKV * HS;
-                    const T ds = p[j] * (dp[j] - D) * scale;
+                    const T ds = operand(p[j] * (dp[j] - D)) * scale, weight = operand(p[j]);
                     for (size_t c = 0; c < HS; c++) {
                         dq[c] += ds * k[c];
                         dk[c] += ds * q[c];
-                        dv[c] += p[j] * dO[c];
+                        dv[c] += weight * dO[c];
                     }
                 }
             }
@@ -330,60 +334,64 @@ static void attention_bf16() {
 }
 
 // A document alone has the bits it has among others.
-static void attention_packed() {
+template <class X>
+static void packed_on(Cpu<X>& dev) {
     const Shape shape = {9, 3, 32, {1, 2, 63, 64, 65, 130, 300}};
     std::vector<float> qkv_float, dout_float;
     inputs_of(shape, 2, &qkv_float, &dout_float);
     const Starts s = starts_of(shape.lengths);
     const size_t N = s.N(), QKV = qkv_float.size() / N, wide = dout_float.size() / N;
-    for_each_storage([&](auto& dev) {
-        using X = typename std::decay_t<decltype(dev)>::floatX;
-        const std::vector<X> qkv = stored<X>(qkv_float), dout = stored<X>(dout_float);
-        const Result<float> together = device_attention(dev, shape, qkv, dout);
-        for (int d = 0; d < s.documents(); d++) {
-            const size_t first = size_t(s.at[size_t(d)]), n = size_t(s.at[size_t(d) + 1]) - first;
-            const Shape alone_shape = {shape.NH, shape.NKV, shape.HS, {int(n)}};
-            const std::vector<X> own(qkv.begin() + long(first * QKV), qkv.begin() + long((first + n) * QKV));
-            const std::vector<X> own_dout(dout.begin() + long(first * wide), dout.begin() + long((first + n) * wide));
-            const Result<float> alone = device_attention(dev, alone_shape, own, own_dout);
-            bool lse = true;
-            for (size_t h = 0; h < size_t(shape.NH); h++) {
-                lse = lse && same_bits(&alone.lse[h * n], &together.lse[h * N + first], n);
-            }
-            const std::string name = device_name(dev);
-            CHECK(same_bits(alone.out.data(), &together.out[first * wide], n * wide), "%s: out of document of %zu",
-                  name.c_str(), n);
-            CHECK(lse, "%s: lse of document of %zu", name.c_str(), n);
-            CHECK(same_bits(alone.dqkv.data(), &together.dqkv[first * QKV], n * QKV), "%s: dqkv of document of %zu",
-                  name.c_str(), n);
+    const std::vector<X> qkv = stored<X>(qkv_float), dout = stored<X>(dout_float);
+    const Result<float> together = device_attention(dev, shape, qkv, dout);
+    for (int d = 0; d < s.documents(); d++) {
+        const size_t first = size_t(s.at[size_t(d)]), n = size_t(s.at[size_t(d) + 1]) - first;
+        const Shape alone_shape = {shape.NH, shape.NKV, shape.HS, {int(n)}};
+        const std::vector<X> own(qkv.begin() + long(first * QKV), qkv.begin() + long((first + n) * QKV));
+        const std::vector<X> own_dout(dout.begin() + long(first * wide), dout.begin() + long((first + n) * wide));
+        const Result<float> alone = device_attention(dev, alone_shape, own, own_dout);
+        bool lse = true;
+        for (size_t h = 0; h < size_t(shape.NH); h++) {
+            lse = lse && same_bits(&alone.lse[h * n], &together.lse[h * N + first], n);
         }
-    });
+        const std::string name = device_name(dev);
+        CHECK(same_bits(alone.out.data(), &together.out[first * wide], n * wide), "%s: out of document of %zu",
+              name.c_str(), n);
+        CHECK(lse, "%s: lse of document of %zu", name.c_str(), n);
+        CHECK(same_bits(alone.dqkv.data(), &together.dqkv[first * QKV], n * QKV), "%s: dqkv of document of %zu",
+              name.c_str(), n);
+    }
+}
+
+static void attention_packed() {
+    for_each_storage([](auto& dev) { packed_on(dev); });
 }
 
 // One document and one kv head on several threads is cut into pieces, of fewer blocks the more threads there are; one
 // thread takes it whole.
-static void attention_threads() {
+template <class X>
+static void threads_on(Cpu<X>& dev) {
     for (const Shape& shape : {Shape{2, 1, 64, {700}}, Shape{6, 3, 16, {330, 20, 200}}}) {
         std::vector<float> qkv_float, dout_float;
         inputs_of(shape, 2, &qkv_float, &dout_float);
-        for_each_storage([&](auto& dev) {
-            using X = typename std::decay_t<decltype(dev)>::floatX;
-            const std::vector<X> qkv = stored<X>(qkv_float), dout = stored<X>(dout_float);
-            const std::string name = device_name(dev);
-            dev.threads = 1;
-            const Result<float> one = device_attention(dev, shape, qkv, dout);
-            for (int threads : {2, 3, 7, 64}) {
-                dev.threads = threads;
-                const Result<float> many = device_attention(dev, shape, qkv, dout);
-                CHECK(same_bits(one.out.data(), many.out.data(), one.out.size()), "%s: out, %d threads", name.c_str(),
-                      threads);
-                CHECK(same_bits(one.lse.data(), many.lse.data(), one.lse.size()), "%s: lse, %d threads", name.c_str(),
-                      threads);
-                CHECK(same_bits(one.dqkv.data(), many.dqkv.data(), one.dqkv.size()), "%s: dqkv, %d threads",
-                      name.c_str(), threads);
-            }
-        });
+        const std::vector<X> qkv = stored<X>(qkv_float), dout = stored<X>(dout_float);
+        const std::string name = device_name(dev);
+        dev.threads = 1;
+        const Result<float> one = device_attention(dev, shape, qkv, dout);
+        for (int threads : {2, 3, 7, 64}) {
+            dev.threads = threads;
+            const Result<float> many = device_attention(dev, shape, qkv, dout);
+            CHECK(same_bits(one.out.data(), many.out.data(), one.out.size()), "%s: out, %d threads", name.c_str(),
+                  threads);
+            CHECK(same_bits(one.lse.data(), many.lse.data(), one.lse.size()), "%s: lse, %d threads", name.c_str(),
+                  threads);
+            CHECK(same_bits(one.dqkv.data(), many.dqkv.data(), one.dqkv.size()), "%s: dqkv, %d threads", name.c_str(),
+                  threads);
+        }
     }
+}
+
+static void attention_threads() {
+    for_each_storage([](auto& dev) { threads_on(dev); });
 }
 
 // The plan, executed by threads that take the next task when they are free. Work is counted in blocks of scores times
@@ -463,21 +471,190 @@ static void attention_shares() {
 }
 
 // A NaN reaches the rows that see it and no other document.
-static void attention_nan() {
+template <class X>
+static void nan_on(Cpu<X>& dev) {
     const Shape shape = {2, 1, 16, {40, 40}};
     std::vector<float> qkv, dout;
     inputs_of(shape, 1, &qkv, &dout);
     const size_t QKV = 4 * 16, bad = 20;
     qkv[bad * QKV + 2 * 16] = std::numeric_limits<float>::quiet_NaN();  // the key of row 20
-    for_each_tier([&](Cpu<float>& dev) {
-        const Result<float> got = device_attention(dev, shape, qkv, dout);
-        for (size_t row = 0; row < 80; row++) {
-            bool seen = row >= bad && row < 40;
-            CHECK(std::isnan(got.out[row * 32]) == seen, "%s: out of row %zu is %g", dev.isa->name, row,
-                  double(got.out[row * 32]));
-            CHECK(row < 40 || std::isfinite(got.dqkv[row * QKV]), "%s: dq of row %zu", dev.isa->name, row);
+    const Result<float> got = device_attention(dev, shape, stored<X>(qkv), stored<X>(dout));
+    const std::string name = device_name(dev);
+    for (size_t row = 0; row < 80; row++) {
+        bool seen = row >= bad && row < 40;
+        CHECK(std::isnan(got.out[row * 32]) == seen, "%s: out of row %zu is %g", name.c_str(), row,
+              double(got.out[row * 32]));
+        CHECK(row < 40 || std::isfinite(got.dqkv[row * QKV]), "%s: dq of row %zu", name.c_str(), row);
+    }
+}
+
+static void attention_nan() {
+    for_each_tier([](Cpu<float>& dev) { nan_on(dev); });
+}
+
+// Where element (i, j) of a row of blocks stands: of sums, of a left operand, of a right one (leaf_attention_amx.inc).
+static size_t place_sums(size_t i, size_t j) {
+    return j / 32 * 1024 + i / 16 * 512 + j % 32 / 16 * 256 + i % 16 * 16 + j % 16;
+}
+static size_t place_left(size_t i, size_t j) {
+    return j / 32 * 1024 + i * 32 + j % 32;
+}
+static size_t place_right(size_t i, size_t j) {
+    return j / 32 * 1024 + j % 32 / 16 * 512 + i / 2 * 32 + j % 16 * 2 + i % 2;
+}
+
+// softmax and grad of `rows` rows that see seen + i of n: what they write and where. What no row sees is NaN.
+static void check_scores(const AttentionTiles& tiles, size_t rows, size_t n, ptrdiff_t seen) {
+    const size_t elements = (n + 31) / 32 * 1024;
+    const float scale = 0.3f;
+    const std::string name =
+        std::to_string(rows) + " rows of " + std::to_string(n) + ", the first sees " + std::to_string(seen);
+    const std::vector<float> values = random_values<float>(4 * elements, 31, 6);
+    Guarded<float> s(elements), dp(elements), max(32), sum(32 * ATTENTION_LANES), f(32);
+    Guarded<bf16> p(elements), right(elements), ds_left(elements), ds_right(elements);
+    const auto sees = [&](size_t i, size_t j) { return i < rows && j < n && ptrdiff_t(j) < seen + ptrdiff_t(i); };
+    float lse[32], D[32], before[32];
+    for (size_t i = 0; i < 32; i++) {
+        lse[i] = 2 + values[i] / 6;
+        D[i] = values[32 + i];
+        max[i] = before[i] = i % 3 == 0 ? -std::numeric_limits<float>::infinity() : values[64 + i] / 4;
+        for (size_t j = 0; j < ATTENTION_LANES; j++) {
+            sum[i * ATTENTION_LANES + j] = i % 3 == 0 ? 0 : float(j) / 8;
         }
-    });
+        for (size_t j = 0; j < n; j++) {
+            if (sees(i, j)) {
+                s[place_sums(i, j)] = values[i * n + j];
+                dp[place_sums(i, j)] = values[2 * elements + i * n + j];
+            }
+        }
+    }
+    tiles.softmax(p.data(), s.data(), rows, n, seen, scale, max.data(), sum.data(), f.data());
+    tiles.grad(right.data(), ds_left.data(), ds_right.data(), s.data(), dp.data(), rows, n, seen, scale, lse, D);
+    CHECK(p.intact() && right.intact() && ds_left.intact() && ds_right.intact() && f.intact() && sum.intact() &&
+              max.intact() && s.intact(),
+          "%s: written outside", name.c_str());
+    // A rounding to bf16 is at most 2^-8 of the value; beside it, float's roundings of arguments up to 12.
+    const double error = 0x1p-8 + 4e-6;
+    for (size_t i = 0; i < 32; i++) {
+        double greatest = before[i], total = 0, had = 0;
+        for (size_t j = 0; j < n; j++) {
+            greatest = sees(i, j) ? std::max(greatest, double(scale) * double(s[place_sums(i, j)])) : greatest;
+        }
+        for (size_t j = 0; j < elements / 32; j++) {
+            const float got = to_float(p[place_left(i, j)]), prob = to_float(right[place_right(i, j)]);
+            const float ds = to_float(ds_left[place_left(i, j)]), again = to_float(ds_right[place_right(i, j)]);
+            if (!sees(i, j)) {
+                CHECK(got == 0 && prob == 0 && ds == 0 && again == 0, "%s: row %zu does not see %zu: %g, %g, %g, %g",
+                      name.c_str(), i, j, double(got), double(prob), double(ds), double(again));
+                continue;
+            }
+            const double x = double(scale) * double(s[place_sums(i, j)]), e = std::exp(x - greatest);
+            const double P = std::exp(x - double(lse[i]));
+            const double want = P * (double(dp[place_sums(i, j)]) - double(D[i]));
+            total += e;
+            const bool right_values = std::fabs(double(got) - e) <= error * e &&
+                                      std::fabs(double(prob) - P) <= error * P &&
+                                      std::fabs(double(ds) - want) <= error * std::fabs(want) + 4e-6 * P && ds == again;
+            CHECK(right_values, "%s: (%zu, %zu): %g for %g, %g for %g, %g and %g for %g", name.c_str(), i, j,
+                  double(got), e, double(prob), P, double(ds), double(again), want);
+        }
+        if (i < rows) {
+            const double shrink = greatest == double(before[i]) ? 1 : std::exp(double(before[i]) - greatest);
+            for (size_t j = 0; j < ATTENTION_LANES; j++) {
+                had += double(sum[i * ATTENTION_LANES + j]);
+            }
+            const double sums = (i % 3 == 0 ? 0 : 15) * shrink + total;  // 0 / 8 + 1 / 8 + ... + 15 / 8
+            CHECK(std::fabs(double(f[i]) - shrink) <= 4e-6 * shrink, "%s: f of row %zu", name.c_str(), i);
+            CHECK(std::fabs(had - sums) <= 4e-6 * sums, "%s: sum of row %zu: %g, need %g", name.c_str(), i, had, sums);
+            CHECK(double(max[i]) == greatest || std::fabs(double(max[i]) - greatest) <= 1e-6, "%s: max of row %zu",
+                  name.c_str(), i);
+        } else {
+            CHECK(f[i] == 1, "%s: f of row %zu, which is none", name.c_str(), i);
+        }
+    }
+}
+
+// The leaves of tiles that know no tiles.
+static void attention_scores_bf16() {
+    const CpuIsa* isa = cpu_isa_choose("amx");
+    if (!isa || !isa->attention_tiles) {
+        test_skip("no tier amx here");
+        return;
+    }
+    for (size_t rows : {size_t(1), size_t(7), size_t(16), size_t(31), size_t(32)}) {
+        for (size_t n : {size_t(1), size_t(32), size_t(37), size_t(64), size_t(128)}) {
+            for (ptrdiff_t seen : {ptrdiff_t(-40), ptrdiff_t(-2), ptrdiff_t(1), ptrdiff_t(17), ptrdiff_t(128)}) {
+                check_scores(*isa->attention_tiles, rows, n, seen);
+            }
+        }
+    }
+}
+
+// By tiles: against the formula on what is stored, with a plain evaluation in float that rounds P and dS as the tiles
+// do. They may differ in which of two neighbours a value next to the middle becomes, and, beyond 128 keys, in the
+// maximum that had been seen when P was rounded: twice its error. Results are rounded once more.
+static void attention_tiles_bf16() {
+    Cpu<bf16> dev;
+    device_open(dev, 2);
+    dev.isa = cpu_isa_choose("amx");
+    if (!dev.isa || !dev.isa->attention_tiles) {
+        test_skip("no tier amx here");
+        return;
+    }
+    const std::vector<int> lengths = {1, 7, 31, 32, 33, 64, 100, 400};
+    const std::vector<Shape> own = {{1, 1, 16, lengths},       {3, 1, 64, lengths},    {8, 2, 80, {33, 1, 100, 65}},
+                                    {3, 3, 128, {400, 7, 31}}, {4, 1, 128, {64, 129}}, {9, 3, 6, {33}},
+                                    {2, 1, 18, {1, 1}},        {2, 2, 96, {127, 16}}};
+    for (const Shape& shape : own) {
+        for (double size : {1.0, 6.0}) {  // 6: some rows put nearly all weight on one key
+            std::vector<float> qkv_float, dout_float;
+            inputs_of(shape, size, &qkv_float, &dout_float);
+            const std::vector<bf16> qkv = stored<bf16>(qkv_float), dout = stored<bf16>(dout_float);
+            const Result<float> got = device_attention(dev, shape, qkv, dout);
+            const Result<double> want =
+                plain_attention(shape, values_of<double>(qkv), values_of<double>(dout), values_of<double>(got.out));
+            const Result<float> plain =
+                plain_attention(shape, values_of<float>(qkv), values_of<float>(dout), got.out, true);
+            const std::string name = name_of(shape);
+            // 4 roundings of the sums behind a score, and behind dS K, where a plain evaluation has no error.
+            const double lse_floor = 4 * 6e-8 * want.score_term, dqkv_floor = 4 * 6e-8 * want.gradient_term;
+            CHECK_ERROR(name + ": out", error_beyond_rounding(got.out, want.out), float_bound(plain.out, want.out));
+            CHECK_ERROR(name + ": lse", greatest_error(got.lse.data(), want.lse.data(), want.lse.size()),
+                        std::max(lse_floor, float_bound(plain.lse, want.lse)));
+            const size_t N = starts_of(shape.lengths).N(), QKV = want.dqkv.size() / N, HS = size_t(shape.HS);
+            const size_t begins[] = {0, size_t(shape.NH) * HS, size_t(shape.NH + shape.NKV) * HS, QKV};
+            for (int part = 0; part < 3; part++) {  // each to its own bound: dV is greater than the others
+                const size_t from = begins[part], to = begins[part + 1];
+                std::vector<float> mine, bound;
+                std::vector<double> exact;
+                for (size_t i = 0; i < N * QKV; i++) {
+                    if (i % QKV >= from && i % QKV < to) {
+                        mine.push_back(got.dqkv[i]);
+                        bound.push_back(plain.dqkv[i]);
+                        exact.push_back(want.dqkv[i]);
+                    }
+                }
+                CHECK_ERROR(name + ": d" + "qkv"[part], error_beyond_rounding(mine, exact),
+                            std::max(dqkv_floor, float_bound(bound, exact)));
+            }
+        }
+    }
+    packed_on(dev);
+    threads_on(dev);
+    nan_on(dev);
+
+    // All of this would hold for sums in float of the same inputs: P is rounded to bf16.
+    CpuIsa without = *dev.isa;
+    without.attention_tiles = nullptr;
+    const Shape shape = {2, 1, 64, {100}};
+    std::vector<float> qkv, dout;
+    inputs_of(shape, 1, &qkv, &dout);
+    const Result<float> tiles = device_attention(dev, shape, stored<bf16>(qkv), stored<bf16>(dout));
+    dev.isa = &without;
+    const Result<float> floats = device_attention(dev, shape, stored<bf16>(qkv), stored<bf16>(dout));
+    CHECK(greatest_error(tiles.out.data(), floats.out.data(), floats.out.size()) > 0, "out is that of floats");
+    CHECK(greatest_error(tiles.dqkv.data(), floats.dqkv.data(), floats.dqkv.size()) > 0, "dqkv is that of floats");
+    device_close(dev);
 }
 
 extern const Test attention_tests[] = {{"attention_double", attention_double},
@@ -488,4 +665,6 @@ extern const Test attention_tests[] = {{"attention_double", attention_double},
                                        {"attention_threads", attention_threads},
                                        {"attention_shares", attention_shares},
                                        {"attention_nan", attention_nan},
+                                       {"attention_scores_bf16", attention_scores_bf16},
+                                       {"attention_tiles_bf16", attention_tiles_bf16},
                                        {nullptr, nullptr}};

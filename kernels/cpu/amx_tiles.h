@@ -11,8 +11,9 @@
 //
 // A thread has its tiles between tiles_open and tiles_close; before and after, an instruction on a tile is illegal. A
 // leaf opens and closes within itself: tens of nanoseconds, where a strip of 256 columns and 1,024 k takes eight
-// microseconds. So nothing depends on what a thread did before, or on other users of the tiles, and while they are
-// closed the system has no 8 KB to save when it switches threads.
+// microseconds. Attention's leaves take less than one; there a task opens and closes for all of them. So nothing
+// depends on what a thread did before, or on other users of the tiles, and while they are closed the system has no 8 KB
+// to save when it switches threads.
 //
 // The instructions are assembly with a memory clobber: the intrinsics of g++ 12 do not say which memory they touch, so
 // that the stores that fill a tile's memory were moved behind its load, or dropped.

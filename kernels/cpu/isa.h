@@ -56,10 +56,13 @@ struct CpuIsa {
 
     CpuRows rows;  // exp, softmax, norms, SwiGLU over one row
     AttentionKernels<float> attention;
+    const AttentionTiles* attention_tiles =
+        nullptr;  // needs the format bf16 beside it; nullptr where the tier has none
 };
 
 extern const CpuIsa cpu_isa_ref, cpu_isa_avx2, cpu_isa_avx512;
 extern const GemmFormat<float> gemm_int16_avx512vnni, gemm_bf16_amx;
+extern const AttentionTiles attention_tiles_amx;
 // The best tier of this processor, or the one named; nullptr when it is unknown or the processor lacks it.
 const CpuIsa* cpu_isa_choose(const char* name_or_null);
 // The one that the environment variable TRAIN_LLAMA_CPU names (for tests), or the best.

@@ -1,5 +1,6 @@
-// What the tier amx adds to avx512vnni: the format bf16, products by the tiles of amx_tiles.h. Leaf kernels only; see
-// isa.h and format.h. Needs AVX512_BF16 and VBMI besides, which every processor with tiles has.
+// What the tier amx adds to avx512vnni: the format bf16, products by the tiles of amx_tiles.h, and attention by tiles
+// (leaf_attention_amx.inc). Leaf kernels only; see isa.h and format.h. Needs AVX512_BF16 and VBMI besides, which every
+// processor with tiles has.
 //
 //   unit of a strip   | tile: rows 0-15 | tile: rows 16-31 |         row of a tile: 32 k of one row
 //   unit of a panel   | tile: columns 0-15 | tile: columns 16-31 |   row p of a tile: k = 2p and 2p + 1 of each column
@@ -12,6 +13,7 @@
 #pragma GCC diagnostic ignored "-Wpragmas"
 #pragma GCC diagnostic ignored "-Wunknown-warning-option"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -162,18 +164,21 @@ void pack_a_bf16_lines(void* out, const bf16* in, size_t ldi, int n, size_t k) {
     a_lines(static_cast<byte*>(out), in, ldi, n, k);
 }
 
-void pack_a_columns(void* out, const float* in, size_t ldi, int n, size_t k) {
+template <class X>
+inline void a_columns(byte* unit, const X* in, size_t ldi, size_t n, size_t k) {
     alignas(64) byte pairs[2 * TILE];
-    byte* unit = static_cast<byte*>(out);
     for (size_t k0 = 0; k0 < k; k0 += DEPTH, unit += UNIT) {
         for (size_t p = 0; p < 16; p++) {
             const size_t have = beyond(k, k0 + 2 * p);
-            const float* lines = in + (have ? k0 + 2 * p : 0) * ldi;
-            pair_row(pairs + p * ROW, pairs + TILE + p * ROW, lines, ldi, size_t(n), have);
+            const X* lines = in + (have ? k0 + 2 * p : 0) * ldi;
+            pair_row(pairs + p * ROW, pairs + TILE + p * ROW, lines, ldi, n, have);
         }
         transpose<false>(unit, pairs);
         transpose<false>(unit + TILE, pairs + TILE);
     }
+}
+void pack_a_columns(void* out, const float* in, size_t ldi, int n, size_t k) {
+    a_columns(static_cast<byte*>(out), in, ldi, size_t(n), k);
 }
 
 template <class X>
@@ -377,9 +382,11 @@ void pack_b_nf4_columns(void* out, const uint8_t* codes, size_t ld, const float*
 constexpr int C0 = 0, C1 = 1, C2 = 2, C3 = 3, A0 = 4, A1 = 5, B0 = 6, B1 = 7;  // tiles
 constexpr size_t SUMS = 4 * TILE;  // bytes of 32 x 32 sums: the tiles C0, C1 (rows 0-15), C2, C3
 
-// 32 x 32 sums and `steps` units. BOTH: rows 16-31 as well. Each step calls for four lines of memory at `next`.
-template <bool BOTH>
-inline void multiply_segment(byte* c, const byte* a, const byte* b, size_t steps, bool first, const byte* next) {
+// 32 x 32 sums and `steps` units, which are so many bytes apart. BOTH: rows 16-31 as well. AHEAD: each step calls for
+// four lines of memory at `next`.
+template <bool BOTH, bool AHEAD>
+inline void multiply_segment(byte* c, const byte* a, size_t a_step, const byte* b, size_t b_step, size_t steps,
+                             bool first, const byte* next) {
     if (first) {
         tile_zero<C0>();
         tile_zero<C1>();
@@ -394,13 +401,13 @@ inline void multiply_segment(byte* c, const byte* a, const byte* b, size_t steps
         tile_load<C2>(c + 2 * TILE, ROW);
         tile_load<C3>(c + 3 * TILE, ROW);
     }
-    for (; steps > 0; steps--, a += UNIT, b += UNIT, next += 4 * 64) {
+    for (; steps > 0; steps--, a += a_step, b += b_step, next += AHEAD ? 4 * 64 : 0) {
         tile_load<B0>(b, ROW);
         tile_load<A0>(a, ROW);
         tile_dot_bf16<C0, A0, B0>();
         tile_load<B1>(b + TILE, ROW);
         tile_dot_bf16<C1, A0, B1>();
-        for (int line = 0; line < 4; line++) {
+        for (int line = 0; AHEAD && line < 4; line++) {
             _mm_prefetch(reinterpret_cast<const char*>(next + line * 64), _MM_HINT_T1);
         }
         if (BOTH) {
@@ -443,8 +450,8 @@ void multiply_columns(size_t units, const byte* a, const byte* b, float* c, size
     for (size_t unit = 0; unit == 0 || unit < units; unit += SEGMENT) {  // no units: sums of zero
         const size_t steps = units - unit < SEGMENT ? units - unit : SEGMENT;
         for (size_t j = 0; j < nc; j += SIDE, next += steps * 4 * 64) {
-            multiply_segment<BOTH>(sums + j / SIDE * SUMS, a + unit * UNIT, b + (j / SIDE * units + unit) * UNIT, steps,
-                                   unit == 0, next);
+            multiply_segment<BOTH, true>(sums + j / SIDE * SUMS, a + unit * UNIT, UNIT,
+                                         b + (j / SIDE * units + unit) * UNIT, UNIT, steps, unit == 0, next);
         }
     }
     store_sums(c, ldc, sums, mr, nc, add);
@@ -489,6 +496,8 @@ size_t peak_loop(size_t n, float* sink) {
     return n * 4 * (2 * 16 * 16 * DEPTH);
 }
 
+#include "kernels/cpu/leaf_attention_amx.inc"  // written over what stands above
+
 }  // namespace
 
 extern const GemmFormat<float> gemm_bf16_amx = {"bf16",
@@ -510,3 +519,5 @@ extern const GemmFormat<float> gemm_bf16_amx = {"bf16",
                                                 pack_a_bf16_lines,
                                                 multiply,
                                                 peak_loop};
+
+extern const AttentionTiles attention_tiles_amx = LEAF_ATTENTION_AMX;

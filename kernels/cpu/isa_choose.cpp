@@ -18,6 +18,7 @@ static CpuIsa with_bf16() {
     CpuIsa isa = with_int16();
     isa.name = "amx";
     isa.bf16 = &gemm_bf16_amx;
+    isa.attention_tiles = &attention_tiles_amx;
     return isa;
 }
 static const CpuIsa isa_avx512vnni = with_int16(), isa_amx = with_bf16();
