@@ -7,9 +7,9 @@ A fault is a piece of text of one source file and what replaces it. The tree its
 in a copy. What depends on the changed file (g++ -MMD says it) is compiled again and linked with the other objects and
 with the test groups that the fault names. A fault is caught when one of those tests fails, by a check or by a crash;
 the same tests must pass without it. A fault that does not compile counts as missed. The GPU's kernels are compiled as
-the stand-in of dev/simt, which runs them on the CPU; their faults are in mutants_gpu.py. For the group amx, its tiles
-are a stand-in's as well. Faults of many ranks are in mutants_ranks.py; their tests start mpirun, and without MPI
-(mpicxx, or what the environment variable MPICXX names) they are left out.
+the stand-in of dev/simt, which runs them on the CPU; their faults are in mutants_gpu.py. For the groups amx and
+attention, tiles are a stand-in's as well. Faults of many ranks are in mutants_ranks.py; their tests start mpirun, and
+without MPI (mpicxx, or what the environment variable MPICXX names) they are left out.
 
 Writes the tables of faults and tests to --output (all faults, so not with --only). --check compiles nothing: it says
 whether the text of every fault stands in its file, as often as the fault says. The last line is
@@ -44,8 +44,9 @@ AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *AVX2, "-mprefe
 VNNI = [*AVX512, "-mavx512vnni"]
 TIERS = {"kernels/cpu/isa_avx2.cpp": AVX2, "kernels/cpu/isa_avx512.cpp": AVX512, "kernels/cpu/isa_avx512vnni.cpp": VNNI,
          "kernels/cpu/isa_amx.cpp": [*VNNI, "-mavx512vbmi", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]}
-# What the group amx sees with the stand-in's tiles; as sources they are named with STANDIN before their path.
+# What these groups see with the stand-in's tiles; as sources they are named with STANDIN before their path.
 STANDIN = "simt/"
+AMX_GROUPS = {"amx", "attention"}
 AMX_SOURCES = {"kernels/cpu/" + name for name in ("isa_amx.cpp", "isa_choose.cpp", "amx_permitted.cpp")}
 # Whether the program is one for a GPU. test_llama.cu has the groups of all kinds, those not linked without a test.
 DEFINES = {"train_llama.cu": ["-DHAVE_GPU=0"], "test_llama.cu": ["-DHAVE_GPU=2"]}
@@ -66,6 +67,7 @@ TEST_SECONDS = 600
 
 GEMM_H, LEAF_GEMM = "kernels/cpu/gemm.h", "kernels/cpu/leaf_gemm.inc"
 VNNI_CPP, AMX_CPP = "kernels/cpu/isa_avx512vnni.cpp", "kernels/cpu/isa_amx.cpp"
+LEAF_AMX = "kernels/cpu/leaf_attention_amx.inc"
 
 FAULTS = [
     # ---- RMSNorm, RoPE, SwiGLU
@@ -96,8 +98,8 @@ FAULTS = [
     # ---- attention
     Fault("attention scaled by HS instead of its root", "kernels/cpu/attention.h", "1 / std::sqrt(double(HS))}",
           "1 / double(HS)}", "attention/"),
-    Fault("dQ without the scale", "kernels/cpu/attention.h", "w.dQ + g * block, queries, scale);",
-          "w.dQ + g * block, queries, Real(1));", "attention/"),
+    Fault("dQ without the scale", "kernels/cpu/attention.h", "queries, false, scale, w.rows",
+          "queries, false, Real(1), w.rows", "attention/"),
     Fault("causal mask lets a query see the next key", "kernels/cpu/attention.h", "ptrdiff_t(query + r + 1)",
           "ptrdiff_t(query + r + 2)", "attention/"),
     Fault("backward: causal mask lets a query see the next key", "kernels/cpu/attention.h",
@@ -133,8 +135,8 @@ FAULTS = [
     Fault("cross-entropy's exp without the maximum", "kernels/cpu/classifier.h",
           "max + std::log(kernels.exp_sum(logits, max, V))", "std::log(kernels.exp_sum(logits, Real(0), V))",
           "classifier/"),
-    Fault("gradient of the loss: 1 taken from the label's, whatever the scale", "kernels/cpu/classifier.h",
-          "logits[label] -= scale;", "logits[label] -= 1;", "classifier/"),
+    Fault("gradient of the loss: 1 taken from the label's, whatever the scale", GEMM_H,
+          "out[label - column] -= op.scale;", "out[label - column] -= 1;", "classifier/"),
     Fault("a tie of logits counts for the later id", "kernels/cpu/classifier.h", "best = logits[v] < max;",
           "best = logits[v] <= max;", "classifier/"),
     Fault("gradients are a mean of the passes' means", "train_step.h", "true, 1 / double(r.targets))",
@@ -196,8 +198,10 @@ FAULTS = [
           "*lda = blocks;", "linear/linear_tiers"),
     Fault("a part of the frozen head is its first rows", GEMM_H, "row = op.row0 + (along ? k0 : first), column",
           "row = (along ? k0 : first), column", "classifier/"),
-    Fault("panels of a frozen bf16 matrix all from its first columns", GEMM_H, "in + (along ? j : j * cols), cols",
-          "in + (along ? 0 : j * cols), cols", "linear/linear_tiers"),
+    Fault("panels of a frozen bf16 matrix all from its first columns", GEMM_H, "in + j * cols, cols,", "in, cols,",
+          "linear/linear_tiers"),
+    Fault("bf16 columns: panels all from the first columns", LEAF_GEMM, "load_stored(in + j0 + j, have",
+          "load_stored(in + j, have", "format/"),
     Fault("residual of a band is that of the first", GEMM_H, "from + i * p.ldc + n0", "from + (i - row0) * p.ldc + n0",
           "linear/"),
     Fault("what stands in C is taken for the residual", GEMM_H, "if (add && !(in_place && from == p.c))",
@@ -210,7 +214,7 @@ FAULTS = [
           "term.a.p + strip_bytes(f, k0)", "linear/linear_double"),
     Fault("a band reads the strips of the first", GEMM_H, "+ row0 / mr * strip;", "+ 0 * row0 / mr * strip;",
           "linear/"),
-    Fault("bands are no whole strips", GEMM_H, "band = round_up((M + bands - 1) / bands, ROWS);",
+    Fault("bands are no whole strips", GEMM_H, "band = round_up((M + bands - 1) / bands, unit);",
           "band = (M + bands - 1) / bands;", "linear/"),
     Fault("the last band is left out", GEMM_H, "bands = (M + cut.band - 1) / cut.band;",
           "bands = M < cut.band ? 1 : M / cut.band;", "linear/"),
@@ -221,7 +225,7 @@ FAULTS = [
     # ---- products on the CPU: fp32
     Fault("NF4 lines: the absmax of the first block for all", LEAF_GEMM, "* lda + i0 / 64]", "* lda]",
           "format/format_nf4_lines"),
-    Fault("NF4 columns: panels stand in each other", LEAF_GEMM, "row + at / WIDTH * WIDTH * k + at % WIDTH",
+    Fault("NF4 columns: panels stand in each other", LEAF_GEMM, "row + at / WIDTH * WIDTH * whole_runs(k) + at % WIDTH",
           "row + at", "format/format_nf4_columns"),
     Fault("whole vectors of C at its right end", LEAF_GEMM, "if (n == W) { v_store(row + v * W, out);",
           "if (true) { v_store(row + v * W, out);", "format/format_products"),
@@ -296,6 +300,14 @@ FAULTS = [
           "_mm512_setzero_si512()", "amx/"),
     Fault("tiles: NF4: the absmax of the first line for both", AMX_CPP, "nf4_table(absmax[lda + i])",
           "nf4_table(absmax[i])", "amx/"),
+    Fault("attention by tiles: keys that the second half alone sees are left out", LEAF_AMX,
+          "uint32_t(first) | uint32_t(second) << 16", "uint32_t(first)", "attention/"),
+    Fault("attention by tiles: a row sees what the first of its tile sees", LEAF_AMX, "seen_lanes(here[r], 16 * half)",
+          "seen_lanes(here[0], 16 * half)", "attention/"),
+    Fault("attention by tiles: sums that stand turned are stored as they stand", LEAF_AMX, "turned && tile < 4",
+          "false && tile < 4", "attention/"),
+    Fault("attention by tiles: the sums of earlier keys keep their old scale", "kernels/cpu/attention.h",
+          "if (add && f) {", "if (false) {", "attention/"),
 
     # ---- the choice of the arithmetic
     Fault("--math auto is fp32 where int16 is to be had", "kernels/cpu/device.cpp",
@@ -585,7 +597,7 @@ class Build:
         name = "fault_" if changed else ""
         tests = sorted({"dev/tests/comm.cpp", "dev/tests/" + group + ".cpp"})
         sources = self.library + sorted(set(TEST_SOURCES + tests)) + (GPU_SOURCES if group.startswith("gpu_") else [])
-        if group == "amx":
+        if group in AMX_GROUPS:
             sources = [STANDIN + s if s in AMX_SOURCES else s for s in sources]
         program = self.link(self.objects(sources, changed) + [self.without_tests(tests)], name + "tests")
         if group in PROGRAM_GROUPS:

@@ -69,21 +69,6 @@ void attention_in(const Cpu<bf16>& dev, const Fn& fn) {
     }
 }
 
-template <class Real>
-void row_widen(const Cpu<Real>&, Real* out, const Real* in, size_t n) {
-    memcpy(out, in, n * sizeof(Real));
-}
-inline void row_widen(const Cpu<float>& dev, float* out, const bf16* in, size_t n) {
-    dev.isa->rows.of_bf16.widen(out, in, n);
-}
-template <class Real>
-void row_narrow(const Cpu<Real>&, Real* out, const Real* in, size_t n) {
-    memcpy(out, in, n * sizeof(Real));
-}
-inline void row_narrow(const Cpu<float>& dev, bf16* out, const float* in, size_t n) {
-    dev.isa->rows.of_bf16.narrow(out, in, n);
-}
-
 constexpr size_t ATTENTION_BLOCK = 64;  // queries, and in backward keys; documents are cut between blocks
 constexpr size_t ATTENTION_KEYS = 128;  // forward: keys a block
 constexpr size_t ATTENTION_TILES = 4;   // register tiles, one below the other, whose scores are made together
@@ -245,7 +230,7 @@ void attention_pack_rows(const Cpu<Real>& dev, const AttentionShape& s, Real* ou
                          size_t lines) {
     const size_t HS = size_t(s.HS), wide = s.line - ATTENTION_LANES;
     for (size_t i = 0; i < lines; i++, out += s.line, in += stride) {
-        row_widen(dev, out, in, HS);
+        row_convert(dev, out, in, HS);
         for (size_t c = HS; c < wide; c++) {
             out[c] = 0;
         }
@@ -374,7 +359,7 @@ void attention_store(const Cpu<Real>& dev, const AttentionShape& s, X* out, size
     const size_t HS = size_t(s.HS);
     attention_kernels(dev).scale(rows, s.line, sums, s.line, lines, HS, factor, sum, total);
     for (size_t i = 0; i < lines; i++) {
-        row_narrow(dev, out + i * stride, rows + i * s.line, HS);
+        row_convert(dev, out + i * stride, rows + i * s.line, HS);
     }
 }
 inline void attention_store(const Cpu<bf16>& dev, const AttentionShape& s, bf16* out, size_t stride, const float* sums,

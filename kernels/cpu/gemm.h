@@ -191,10 +191,10 @@ template <class X, class To, class From>
 void row_convert(const Cpu<X>& dev, To* out, const From* in, size_t n) {
     if constexpr (std::is_same<To, From>::value) {
         memcpy(out, in, n * sizeof *in);
-    } else if constexpr (std::is_same<From, X>::value) {
-        row_kernels(dev).widen(out, in, n);
+    } else if constexpr (std::is_same<From, bf16>::value) {
+        dev.isa->rows.of_bf16.widen(out, in, n);
     } else {
-        row_kernels(dev).narrow(out, in, n);
+        dev.isa->rows.of_bf16.narrow(out, in, n);
     }
 }
 inline const float* as_real(const float* p) {
@@ -212,10 +212,10 @@ template <class X>
 struct Operand {
     using Real = typename Cpu<X>::real;
     enum Kind {
-        WEIGHT,  // a frozen matrix
-        PLAIN,   // scale * x, row stride ld
+        WEIGHT,        // a frozen matrix
+        PLAIN,         // scale * x, row stride ld
         SOFTMAX_GRAD,  // scale * (exp(x - lse[row]) - [column = label[row]]), row stride ld
-        INPUT    // scale * the input of a group, row `map[row]` when there is a map, under dropout when there is one
+        INPUT          // scale * the input of a group, of row `map[row]` if there is a map, under dropout if there is
     } kind = PLAIN;
     const Matrix* w = nullptr;
     const Real* x = nullptr;
@@ -383,7 +383,7 @@ void pack_columns(const Cpu<X>& dev, const GemmFormat<Real>& f, bool is_a, char*
                   size_t first, size_t n, size_t k0, size_t k, Real* lines) {
     const auto pack = is_a ? f.pack_a_columns : f.pack_b_columns;
     const size_t width = size_t(is_a ? f.MR : f.NR), unit = is_a ? f.a_unit : f.b_unit;
-    const size_t panel = (k + f.unit - 1) / f.unit * unit;
+    const size_t panel = is_a ? strip_bytes(f, k) : panel_bytes(f, k);
     const size_t group = LINES_ROOM / LINES_DEPTH / width * width;
     for (size_t j0 = 0; j0 < n; j0 += group) {
         const size_t columns = n - j0 < group ? n - j0 : group;
@@ -465,7 +465,7 @@ const float* absmax_of(const Cpu<X>& dev, float* absmax, const Matrix& w, size_t
     }
     *lda = blocks;
     for (size_t j = 0; j < n; j++) {
-        dev.isa->nf4_absmax(absmax + j * blocks, w.absmax8, w.absmax2, w.map8, w.offset, first + j * in_row, blocks);
+        nf4_absmax_run(dev, absmax + j * blocks, w, first + j * in_row, blocks);
     }
     return absmax;
 }
@@ -508,7 +508,8 @@ bool pack_weight(const Cpu<X>& dev, const GemmFormat<float>& f, const ThreadScra
             return true;
         }
         for (size_t j = 0; j < n; j += width) {
-            f.pack_b_bf16_lines(s.panels + j / width * panel, in + j * cols, cols, int(n - j < width ? n - j : width), k);
+            f.pack_b_bf16_lines(s.panels + j / width * panel, in + j * cols, cols, int(n - j < width ? n - j : width),
+                                k);
         }
         return true;
     }

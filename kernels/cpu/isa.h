@@ -47,8 +47,7 @@ struct CpuIsa {
     // codes from the start of the tensor; absmax[0] belongs to the block of weight `first` and is finite.
     void (*nf4_run)(float* out, const uint8_t* codes, const float* absmax, size_t first, size_t n);
 
-    // out (n) = the bf16 or f16 elements in (n), widened.
-    void (*widen_bf16)(float* out, const uint16_t* in, size_t n);
+    // out (n) = the f16 elements in (n), widened.
     void (*widen_f16)(float* out, const uint16_t* in, size_t n);
 
     // out (groups, 4): philox4x32 (kernels/random.h) of the counters {head[0], head[1], head[2], first + i}.
@@ -56,8 +55,7 @@ struct CpuIsa {
 
     CpuRows rows;  // exp, softmax, norms, SwiGLU over one row
     AttentionKernels<float> attention;
-    const AttentionTiles* attention_tiles =
-        nullptr;  // needs the format bf16 beside it; nullptr where the tier has none
+    const AttentionTiles* attention_tiles = nullptr;  // where the tier has any; beside the format bf16
 };
 
 extern const CpuIsa cpu_isa_ref, cpu_isa_avx2, cpu_isa_avx512;

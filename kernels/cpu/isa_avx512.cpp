@@ -74,6 +74,5 @@ inline vec v_widen_f16(const uint16_t* p) {
 
 }  // namespace
 
-extern const CpuIsa cpu_isa_avx512 = {"avx512",   &format_fp32, nullptr,       nullptr,    TILE_MR,
-                                      transpose,  nf4_absmax,   nf4_run,       widen_bf16, widen_f16,
-                                      philox_run, LEAF_ROWS,    LEAF_ATTENTION};
+extern const CpuIsa cpu_isa_avx512 = {"avx512",   &format_fp32, nullptr,   nullptr,    TILE_MR,   transpose,
+                                      nf4_absmax, nf4_run,      widen_f16, philox_run, LEAF_ROWS, LEAF_ATTENTION};

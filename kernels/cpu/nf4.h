@@ -50,23 +50,31 @@ inline float nf4_absmax(const Matrix& m, size_t block) {
     return product + m.offset;
 }
 
+// The absmax first .. first + n, where they stand or in `room` (n).
+template <class X>
+const float* nf4_absmax_run(const Cpu<X>& dev, float* room, const Matrix& m, size_t first, size_t n) {
+    if (m.absmax32) {
+        return m.absmax32 + first;
+    }
+    dev.isa->nf4_absmax(room, m.absmax8, m.absmax2, m.map8, m.offset, first, n);
+    return room;
+}
+
 // out (n): elements first .. first + n of the flattened matrix.
 template <class X>
 void matrix_run(const Cpu<X>& dev, float* out, const Matrix& m, size_t first, size_t n) {
     switch (m.store) {
         case Store::F32: memcpy(out, static_cast<const float*>(m.data) + first, n * sizeof(float)); break;
-        case Store::BF16: dev.isa->widen_bf16(out, static_cast<const uint16_t*>(m.data) + first, n); break;
+        case Store::BF16: dev.isa->rows.of_bf16.widen(out, static_cast<const bf16*>(m.data) + first, n); break;
         case Store::F16: dev.isa->widen_f16(out, static_cast<const uint16_t*>(m.data) + first, n); break;
         case Store::NF4:
             while (n > 0) {
                 constexpr size_t BLOCKS = 16;
-                float absmax[BLOCKS];
+                float room[BLOCKS];
                 size_t block = first / 64, part = (block + BLOCKS) * 64 - first;
                 part = part < n ? part : n;
-                for (size_t b = block; b * 64 < first + part; b++) {
-                    absmax[b - block] = nf4_absmax(m, b);
-                }
-                dev.isa->nf4_run(out, m.codes, absmax, first, part);
+                const size_t blocks = (first + part + 63) / 64 - block;
+                dev.isa->nf4_run(out, m.codes, nf4_absmax_run(dev, room, m, block, blocks), first, part);
                 out += part;
                 first += part;
                 n -= part;
