@@ -8,7 +8,7 @@
 //     MR | strip | strip |           |  |  |  |  | panels        B, packed by the thread that needs it, in its cache:
 //        +-------+-------+           |  |  |  |  | of NR           [panel of NR columns][unit], KC deep and NC wide
 //        | strip | strip |  x        +--+--+--+--+
-//        +-------+-------+           |  |  |  |  |               for a block of columns: for each block of KC: pack B;
+//        +-------+-------+           |  |  |  |  |               for NC columns, for each block of KC: pack B;
 //            KC      KC              +--+--+--+--+                 for each strip: multiply with all the panels
 //
 // An element is the sum over the terms and their blocks of KC, in order, of what the format makes of one block. Nothing
@@ -414,7 +414,8 @@ struct ThreadScratch {
     Real *lines, *sums;
     float* absmax;
 };
-constexpr size_t SUMS_ROWS = 576;  // of a block of C that is rounded when it is whole: 590 KB of the second cache
+constexpr size_t BLOCK_COLUMNS = 256;  // of C, at most, that a thread takes; a format's NC of them at a time
+constexpr size_t SUMS_ROWS = 576;      // of a block of C that is rounded when it is whole: 590 KB of the second cache
 
 inline size_t round_up(size_t n, size_t to) {
     return (n + to - 1) / to * to;
@@ -431,8 +432,8 @@ size_t absmax_room(const Cpu<X>& dev) {
     return base_format(dev).KC * base_format(dev).NC / 64;
 }
 template <class X>
-size_t sums_room(const Cpu<X>& dev) {
-    return sizeof(X) == sizeof(typename Cpu<X>::real) ? 0 : SUMS_ROWS * base_format(dev).NC;
+size_t sums_room(const Cpu<X>&) {
+    return sizeof(X) == sizeof(typename Cpu<X>::real) ? 0 : SUMS_ROWS * BLOCK_COLUMNS;
 }
 template <class X>
 size_t scratch_bytes(const Cpu<X>& dev) {
@@ -643,6 +644,7 @@ template <class X, class Out, class Real>
 void gemm_block(const Cpu<X>& dev, const Product<X, Out>& p, size_t M, size_t n0, size_t nc, size_t row0, size_t row1,
                 const ThreadScratch<Real>& s) {
     constexpr bool in_place = std::is_same<Out, Real>::value;
+    const size_t NC = base_format(dev).NC;
     Out* out = p.c + row0 * p.ldc + n0;
     Real* sum = s.sums;
     size_t lds = nc;
@@ -651,23 +653,26 @@ void gemm_block(const Cpu<X>& dev, const Product<X, Out>& p, size_t M, size_t n0
         lds = p.ldc;
     }
     const Out* from = p.add ? p.c : p.residual;
-    bool add = from != nullptr;
-    if (add && !(in_place && from == p.c)) {
+    if (from && !(in_place && from == p.c)) {
         for (size_t i = row0; i < row1; i++) {
             row_convert(dev, sum + (i - row0) * lds, from + i * p.ldc + n0, nc);
         }
     }
-    for (int t = 0; t < p.terms; t++) {
-        const Term<X>& term = p.term[t];
-        const GemmFormat<Real>& f = *term.a.f;
-        const size_t mr = size_t(f.MR), strips = strips_of(f, M);
-        for (size_t k0 = 0; k0 < term.K; k0 += f.KC, add = true) {
-            const size_t k = term.K - k0 < f.KC ? term.K - k0 : f.KC, strip = strip_bytes(f, k);
-            pack_b(dev, f, s, term.b, term.along, n0, nc, k0, k);
-            const char* a = term.a.p + strips * strip_bytes(f, k0) + row0 / mr * strip;
-            for (size_t row = row0; row < row1; row += mr, a += strip) {
-                f.multiply(k, a, s.panels, sum + (row - row0) * lds, lds, int(row1 - row < mr ? row1 - row : mr), nc,
-                           add);
+    for (size_t j = 0; j < nc; j += NC) {
+        const size_t n = nc - j < NC ? nc - j : NC;
+        bool add = from != nullptr;
+        for (int t = 0; t < p.terms; t++) {
+            const Term<X>& term = p.term[t];
+            const GemmFormat<Real>& f = *term.a.f;
+            const size_t mr = size_t(f.MR), strips = strips_of(f, M);
+            for (size_t k0 = 0; k0 < term.K; k0 += f.KC, add = true) {
+                const size_t k = term.K - k0 < f.KC ? term.K - k0 : f.KC, strip = strip_bytes(f, k);
+                pack_b(dev, f, s, term.b, term.along, n0 + j, n, k0, k);
+                const char* a = term.a.p + strips * strip_bytes(f, k0) + row0 / mr * strip;
+                for (size_t row = row0; row < row1; row += mr, a += strip) {
+                    f.multiply(k, a, s.panels, sum + (row - row0) * lds + j, lds,
+                               int(row1 - row < mr ? row1 - row : mr), n, add);
+                }
             }
         }
     }
@@ -711,7 +716,7 @@ GemmCut gemm_cut(const Cpu<X>& dev, const Product<X, Out>* products, int count, 
         most = products[i].n > most ? products[i].n : most;
         step = products[i].rope ? rope_step(products[i].rope->HS) : step;
     }
-    const size_t widest = round_up(most < base_format(dev).NC ? most : base_format(dev).NC / step * step, step);
+    const size_t widest = round_up(most < BLOCK_COLUMNS ? most : BLOCK_COLUMNS / step * step, step);
     GemmCut best = {};
     size_t least = ~size_t(0);
     const size_t fewest = (M + longest - 1) / longest;

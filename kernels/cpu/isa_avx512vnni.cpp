@@ -9,17 +9,17 @@
 //   unit of A   6 rows of 64 int16        | 6 scales, 10 unused floats
 //   unit of B   32 rows of 64 pairs       | 64 scales           a pair: reduction indices 2p and 2p + 1 of one column
 //
-// scale_a = (greatest magnitude of the block) / 8191. scale_b = 2^-11 of the power of two in the block's greatest: weights
-// are bf16, and so those within four octaves of the greatest are whole steps. That is every weight of an NF4 block (the
-// least code but 0 is 0.08), so forward nothing of W is lost. Neither scale is less than the smallest normal float: a
-// block of zeros, or of values near the end of the range, needs no other rule. An infinity or a NaN makes its scale
-// infinite or a NaN, and so every sum that its block enters.
+// scale_a = (greatest magnitude of the block) / 8191. scale_b = 2^-11 of the power of two in the block's greatest:
+// weights are bf16, and so those within four octaves of the greatest are whole steps. That is every weight of an NF4
+// block (the least code but 0 is 0.08), so forward nothing of W is lost. Neither scale is less than the smallest normal
+// float: a block of zeros, or of values near the end of the range, needs no other rule. An infinity or a NaN makes its
+// scale infinite or a NaN, and so every sum that its block enters.
 //
 // B in NF4 is the frozen weight round_to_bf16(code * absmax). Forward, where a line of W is a column of B, the block is
 // W's own. Backward the reduction runs over the lines of W, so that a block has 64 absmax; then 64 lines by 64 columns
 // of W share the scale of their greatest one, and a line loses a bit of its weights for each octave that it lies under
-// that: nothing that counts in the sum, unless its gradients are as much greater. Either way a block's 16 possible values
-// become a table of int16.
+// that: nothing that counts in the sum, unless its gradients are as much greater. Either way a block's 16 possible
+// values become a table of int16.
 //
 // Leaf kernels only; see isa.h and leaf_gemm.inc for what may be included here.
 // g++ 12 takes the "undefined" operand of its own AVX-512 headers for a mistake; clang has no such warning.
@@ -50,6 +50,14 @@ struct UnitB {
     float scale[NR];
 };
 
+// What a packer reads next, a block of a line, or of codes, that it comes to 16 or 64 lines later: too many lines for
+// the processor to see by itself where each of them goes on.
+inline void fetch(const void* p, size_t bytes) {
+    for (size_t i = 0; i < bytes; i += 64) {
+        __builtin_prefetch(static_cast<const char*>(p) + i);
+    }
+}
+
 // ---- multiply ----
 
 // c += a * b, pairwise, in 32 bits. Around the intrinsic g++ 12 copies registers.
@@ -58,8 +66,10 @@ inline void multiply_pairs(__m512i& c, __m512i a, __m512i b) {
 }
 
 // M rows by V vectors. The int32 sums fill 24 of the 32 registers, so the sums in fp32 wait in the first-level cache.
+// next: units of A that are called for while a is in use.
 template <int M, int V>
-static void multiply_panel(size_t units, const UnitA* a, const UnitB* b, float* c, size_t ldc, int columns, bool add) {
+static void multiply_panel(size_t units, const UnitA* a, const UnitB* b, float* c, size_t ldc, int columns, bool add,
+                           const UnitA* next) {
     alignas(64) float total[M][V * 16];
 #pragma GCC unroll 16
     for (int i = 0; i < M; i++) {
@@ -69,7 +79,8 @@ static void multiply_panel(size_t units, const UnitA* a, const UnitB* b, float* 
             __builtin_prefetch(c + size_t(i) * ldc + v * 16, 1);
         }
     }
-    for (; units > 0; units--, a++, b++) {
+    for (; units > 0; units--, a++, b++, next++) {
+        fetch(next, sizeof *next);
         __m512i sum[M][V];
 #pragma GCC unroll 16
         for (int i = 0; i < M; i++) {
@@ -129,11 +140,12 @@ template <int M>
 static void multiply_rows(size_t units, const UnitA* a, const UnitB* b, float* c, size_t ldc, size_t nc, bool add) {
     for (; nc > 0; b += units, c += NR) {
         int columns = nc < size_t(NR) ? int(nc) : NR;
+        const UnitA* next = nc > size_t(NR) ? a : a + units;  // with the last panel, the strip behind this one
         switch ((columns + 15) / 16) {
-            case 1: multiply_panel<M, 1>(units, a, b, c, ldc, columns, add); break;
-            case 2: multiply_panel<M, 2>(units, a, b, c, ldc, columns, add); break;
-            case 3: multiply_panel<M, 3>(units, a, b, c, ldc, columns, add); break;
-            default: multiply_panel<M, NV>(units, a, b, c, ldc, columns, add); break;
+            case 1: multiply_panel<M, 1>(units, a, b, c, ldc, columns, add, next); break;
+            case 2: multiply_panel<M, 2>(units, a, b, c, ldc, columns, add, next); break;
+            case 3: multiply_panel<M, 3>(units, a, b, c, ldc, columns, add, next); break;
+            default: multiply_panel<M, NV>(units, a, b, c, ldc, columns, add, next); break;
         }
         nc -= size_t(columns);
     }
@@ -229,14 +241,6 @@ inline float pack_block(__m512i out[2], const In* in, size_t n) {
     out[0] = words(to_steps(x[0], factor), to_steps(x[1], factor));
     out[1] = words(to_steps(x[2], factor), to_steps(x[3], factor));
     return scale;
-}
-
-// What a packer reads next, a block of a line, or of codes, that it comes to 16 or 64 lines later: too many lines for
-// the processor to see by itself where each of them goes on.
-inline void fetch(const void* p, size_t bytes) {
-    for (size_t i = 0; i < bytes; i += 64) {
-        __builtin_prefetch(static_cast<const char*>(p) + i);
-    }
 }
 
 // ---- A ----
@@ -487,8 +491,8 @@ extern const GemmFormat<float> gemm_int16_avx512vnni = {
     BLOCK,
     sizeof(UnitA),
     sizeof(UnitB),
-    512,
-    256,
+    1024,
+    128,
     pack_a_lines<float>,
     pack_a_columns,
     pack_b_lines<float>,

@@ -146,7 +146,7 @@ void linear_forward(Cpu<X>& dev, X* out, size_t out_stride, X* xa, const LinearI
 
     Product<X, X> product[3];
     size_t column = 0, rank = 0, heads = rope ? size_t(rope->heads) : 0;
-    const bool rotate = rope && rope_step(rope->HS) <= base_format(dev).NC;  // in the product's blocks
+    const bool rotate = rope && rope_step(rope->HS) <= BLOCK_COLUMNS;  // in the product's blocks
     for (int p = 0; p < g.parts; p++) {
         const LinearPart<Real>& part = g.part[p];
         const size_t r = size_t(part.r);
