@@ -311,6 +311,7 @@ void base_place(Llama<Dev>& m, const BaseOptions& options, const BaseBytes& meas
     if (ranks > 0) {
         s.slice = spread_slice(measured.layer, options.spread);
         llama_alloc(m, s.mine, size_t(m.c.L) * s.slice, "this rank's part of the base");
+        device_spread(m.dev, s.mine, size_t(m.c.L) * s.slice);
         llama_alloc(m, s.whole[0], ranks * s.slice, "a whole layer");
         llama_alloc(m, s.whole[1], ranks * s.slice, "another whole layer");
     }
@@ -320,6 +321,7 @@ void base_place(Llama<Dev>& m, const BaseOptions& options, const BaseBytes& meas
             place.at.memory = s.whole[(u - 1) % 2];
         } else if (measured.unit[u] > 0) {
             llama_alloc(m, place.at.memory, measured.unit[u], "the base");
+            device_spread(m.dev, place.at.memory, measured.unit[u]);
         }
         each_weight_of(m.w, m.c, u, place);
         m.units.push_back({place.at.memory, measured.unit[u]});

@@ -204,8 +204,8 @@ FAULTS = [
           "load_stored(in + j, have", "format/"),
     Fault("residual of a band is that of the first", GEMM_H, "from + i * p.ldc + n0", "from + (i - row0) * p.ldc + n0",
           "linear/"),
-    Fault("what stands in C is taken for the residual", GEMM_H, "if (add && !(in_place && from == p.c))",
-          "if (add && !in_place)", "linear/linear_double"),
+    Fault("what stands in C is taken for the residual", GEMM_H, "if (from && !(in_place && from == p.c))",
+          "if (from && !in_place)", "linear/linear_double"),
     Fault("a term of a product overwrites those before it", GEMM_H, "const Term<X>& term = p.term[t];",
           "const Term<X>& term = p.term[t]; add = add && t == 0;", "linear/linear_double"),
     Fault("a product that should add begins anew", GEMM_H, "from = p.add ? p.c : p.residual;", "from = p.residual;",
@@ -281,6 +281,10 @@ FAULTS = [
           "0xffff;", "format/"),
     Fault("int16: what stands in C is lost", VNNI_CPP,
           "add ? _mm512_add_ps(_mm512_maskz_loadu_ps(mask, p), out) : out", "out", "format/"),
+
+    Fault("a thread spreads every piece of memory but the last of its round", "kernels/cpu/device.cpp",
+          "size_t(worker) * HUGE_PAGE; i < bytes", "size_t(worker) * HUGE_PAGE; i + HUGE_PAGE < bytes",
+          "engine/pages_are_spread"),
 
     # ---- products on the CPU: bf16, through the stand-in of the tiles
     Fault("tiles: sums begin anew every 256 k", AMX_CPP, "unit == 0, next);", "true, next);", "amx/"),

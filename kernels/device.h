@@ -56,6 +56,11 @@ template <class X>
 void* device_alloc(Cpu<X>& dev, size_t bytes, const char* what);
 template <class X>
 void device_free(Cpu<X>& dev, void* p);
+// Of memory just allocated that all threads will read: writes a byte of each page, pieces of 2 MB by all threads in turn,
+// since a page lies in the memory of the processor that writes to it first. Else what one thread reads from a file would
+// all lie beside that one, and the others would share one memory's bandwidth.
+template <class X>
+void device_spread(Cpu<X>& dev, void* p, size_t bytes);
 template <class X>
 void device_zero(Cpu<X>& dev, void* p, size_t bytes);
 template <class X>

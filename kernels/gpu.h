@@ -74,6 +74,8 @@ std::string device_arena(Gpu<X>& dev, size_t bytes);
 template <class X>
 void* device_alloc(Gpu<X>& dev, size_t bytes, const char* what);
 template <class X>
+void device_spread(Gpu<X>&, void*, size_t) {}
+template <class X>
 void device_free(Gpu<X>& dev, void* p);
 template <class X>
 void device_zero(Gpu<X>& dev, void* p, size_t bytes);

@@ -4,10 +4,13 @@
 // same bits for any number of threads and rows.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <iterator>
 #include <string>
 #include <type_traits>
 #include <vector>
+
+#include <sys/mman.h>
 
 #include "dev/tests/ops.h"
 #include "dev/tests/test.h"
@@ -35,6 +38,7 @@ double tolerance(const std::string& math) {
            : math == "int16" ? std::sqrt((std::pow(8 / 8191.0, 2) + std::pow(3 / 2048.0, 2)) / 12)
                              : std::sqrt(8 / 3.0) * 0x1p-8 / 1.53;
 }
+constexpr size_t PAGE = 4096;
 constexpr double EXTREME = 8;  // of a million normal numbers the greatest is at 5, in rows up to 1.8 times the mean
 
 // A device for each format of this machine that computes so; the test is skipped without one.
@@ -514,6 +518,33 @@ void head(const char* math) {
     }
 }
 
+// ---- memory ----
+
+size_t pages_present(const void* p, size_t pages) {
+    std::vector<unsigned char> state(pages);
+    CHECK(mincore(const_cast<void*>(p), pages * PAGE, state.data()) == 0, "mincore fails");
+    return size_t(std::count_if(state.begin(), state.end(), [](unsigned char s) { return s & 1; }));
+}
+
+// Every page is written to, and nothing behind the last: the memory ends inside a piece, and in a page.
+void pages_are_spread() {
+    const size_t pages = 4 * 512 + 7, bytes = pages * PAGE - 100;
+    for (int threads : {1, 3, 7}) {
+        Cpu<float> dev;
+        dev.threads = threads;
+        void* memory = mmap(nullptr, pages * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        CHECK(memory != MAP_FAILED, "no memory");
+        char* p = static_cast<char*>(memory);
+        CHECK(pages_present(p, pages) < pages, "memory is there before anyone writes to it: nothing is tested");
+        memset(p + bytes, 1, 100);
+        device_spread(dev, p, bytes);
+        const size_t present = pages_present(p, pages);
+        CHECK(present == pages, "%d threads: %zu of %zu pages", threads, present, pages);
+        CHECK(std::count(p + bytes, p + pages * PAGE, 1) == 100, "%d threads write behind the end", threads);
+        munmap(memory, pages * PAGE);
+    }
+}
+
 }  // namespace
 
 extern const Test engine_tests[] = {
@@ -523,5 +554,6 @@ extern const Test engine_tests[] = {
     {"head_fp32", [] { head<float>("fp32"); }},
     {"head_int16", [] { head<float>("int16"); }},
     {"head_bf16", [] { head<bf16>("bf16"); }},
+    {"pages_are_spread", pages_are_spread},
     {nullptr, nullptr},
 };

@@ -36,6 +36,8 @@ bool device_math(Cpu<double>&, const char* math) {
     return strcmp(math, "auto") == 0;
 }
 
+static const size_t PAGE = 4096, HUGE_PAGE = size_t(2) << 20;
+
 template <class X>
 void device_open(Cpu<X>& dev, int threads) {
     int machine = int(std::thread::hardware_concurrency());
@@ -57,20 +59,30 @@ void device_close(Cpu<X>& dev) {
 
 template <class X>
 void* device_alloc(Cpu<X>&, size_t bytes, const char* what) {
-    const size_t huge = size_t(2) << 20;
     void* p = nullptr;
-    if (posix_memalign(&p, bytes >= 2 * huge ? huge : 64, bytes ? bytes : 64) != 0) {
+    if (posix_memalign(&p, bytes >= 2 * HUGE_PAGE ? HUGE_PAGE : 64, bytes ? bytes : 64) != 0) {
         fprintf(stderr, "error: not enough memory for %s (need %.1f MiB)\n", what, double(bytes) / (1 << 20));
         fprintf(stderr, "hint: lower --pass-tokens or --max-tokens, or choose a smaller model or rank\n");
         exit(1);
     }
-    if (bytes >= 2 * huge) {
+    if (bytes >= 2 * HUGE_PAGE) {
         madvise(p, bytes, MADV_HUGEPAGE);  // only a wish: without it the same memory in small pages
     }
 #ifdef TRAIN_LLAMA_DEBUG
     memset(p, 0xff, bytes);  // a NaN in every floating-point type
 #endif
     return p;
+}
+
+template <class X>
+void device_spread(Cpu<X>& dev, void* p, size_t bytes) {
+    parallel(dev.threads, [&](int worker) {
+        for (size_t i = size_t(worker) * HUGE_PAGE; i < bytes; i += size_t(dev.threads) * HUGE_PAGE) {
+            for (size_t j = i; j < i + HUGE_PAGE && j < bytes; j += PAGE) {
+                static_cast<volatile char*>(p)[j] = 0;
+            }
+        }
+    });
 }
 
 template <class X>
@@ -111,6 +123,7 @@ void device_reserve(Cpu<X>& dev, size_t bytes) {
     template void device_close(Cpu<X>&);                            \
     template void* device_alloc(Cpu<X>&, size_t, const char*);      \
     template void device_free(Cpu<X>&, void*);                      \
+    template void device_spread(Cpu<X>&, void*, size_t);            \
     template void device_zero(Cpu<X>&, void*, size_t);              \
     template void device_to(Cpu<X>&, void*, const void*, size_t);   \
     template void device_from(Cpu<X>&, void*, const void*, size_t); \
