@@ -201,7 +201,7 @@ FAULTS = [
     Fault("panels of a frozen bf16 matrix all from its first columns", GEMM_H, "in + j * cols, cols,", "in, cols,",
           "linear/linear_tiers"),
     Fault("bf16 columns: panels all from the first columns", LEAF_GEMM, "load_stored(in + j0 + j, have",
-          "load_stored(in + j, have", "format/"),
+          "load_stored(in + j, have", "linear/linear_tiers"),
     Fault("residual of a band is that of the first", GEMM_H, "from + i * p.ldc + n0", "from + (i - row0) * p.ldc + n0",
           "linear/"),
     Fault("what stands in C is taken for the residual", GEMM_H, "if (from && !(in_place && from == p.c))",
